@@ -1,0 +1,80 @@
+"""Fixtures that several test files share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+SPECIAL_TOKENS = ["<pad>", "</s>", "<unk>"]  # ids 0 and 1 as in UMT5
+TEXT_DIM = 32
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of the variant `tiny`, random and smaller still: read it, never write."""
+    path = tmp_path_factory.mktemp("toy_model")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        # Annotated with other classes than those of the published Wan 2.2 folders.
+        pipeline = WanPipeline(
+            tokenizer=toy_tokenizer(),  # pyright: ignore[reportArgumentType]
+            text_encoder=toy_text_encoder(),
+            vae=AutoencoderKLWan(base_dim=4, num_res_blocks=1),
+            scheduler=toy_scheduler(),  # pyright: ignore[reportArgumentType]
+            transformer=toy_transformer(),
+            transformer_2=toy_transformer(),
+            boundary_ratio=0.875,
+        )
+    pipeline.save_pretrained(path)
+    return path
+
+
+def toy_scheduler() -> UniPCMultistepScheduler:
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+
+
+def toy_transformer() -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        ffn_dim=48,
+        freq_dim=32,
+        text_dim=TEXT_DIM,
+        rope_max_seq_len=64,
+    )
+
+
+def toy_text_encoder() -> UMT5EncoderModel:
+    config = UMT5Config(
+        vocab_size=272,
+        d_model=TEXT_DIM,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    return UMT5EncoderModel(config)
+
+
+def toy_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte, then the end token: no two prompts are the same to it."""
+    vocabulary = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", SPECIAL_TOKENS.index("</s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
