@@ -1,0 +1,225 @@
+"""The settings of a run: defaults, experiments, and one clear sentence for every mistake."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from train.config import CONF, Config, compose, resolved_yaml, schema, typed
+from train.errors import explain
+
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+KEY_BUDGET = 120  # a new key must earn its place
+
+
+def leaves(file: Path, prefix: str = "") -> dict[str, object]:
+    """The keys and values that a YAML file sets, without what is Hydra's own."""
+
+    def walk(values: dict[object, object], path: str) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for name, value in values.items():
+            here = f"{path}{name}"
+            if isinstance(value, dict) and here != "optim.args":
+                found |= walk(value, f"{here}.")
+            else:
+                found[here] = value
+        return found
+
+    loaded = OmegaConf.load(file)
+    assert isinstance(loaded, DictConfig)
+    values = OmegaConf.to_container(loaded)
+    assert isinstance(values, dict)
+    return walk({k: v for k, v in values.items() if k not in ("defaults", "hydra")}, prefix)
+
+
+def mistake(arguments: str) -> str:
+    """What a user reads who types these arguments."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011  (of Hydra, of OmegaConf or ours)
+        compose(shlex.split(arguments))
+    return explain(caught.value)
+
+
+def command_of(experiment: str) -> list[str]:
+    """The arguments of the command with which the file of an experiment begins."""
+    first, command = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()[:2]
+    assert first == "# @package _global_"
+    launch = "# accelerate launch train/lora.py "
+    assert command.startswith(f"{launch}experiment={experiment}")
+    return shlex.split(command.removeprefix(launch))
+
+
+def test_the_yaml_files_give_the_defaults_of_the_schema() -> None:
+    given = (
+        leaves(CONF / "config.yaml")
+        | leaves(CONF / "model/t2v_a14b.yaml", "model.")
+        | leaves(CONF / "optim/adamw.yaml", "optim.")
+    )
+    assert given == {path: key.default for path, key in schema().items()}
+
+
+def test_there_are_few_keys_and_each_has_a_meaning() -> None:
+    assert len(schema()) <= KEY_BUDGET
+    assert not [path for path, key in schema().items() if len(key.doc.split()) < 2]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_begins_with_a_command_that_works(experiment: str) -> None:
+    config = compose(command_of(experiment))
+    assert config.experts == ["high", "low"]
+    assert config.output_dir == f"outputs/{config.name}"
+
+
+def test_the_smoke_experiment_is_the_demo_in_a_few_steps() -> None:
+    smoke, demo = compose(["experiment=smoke"]), compose(["experiment=demo"])
+    assert (smoke.model, smoke.data, smoke.timesteps) == (demo.model, demo.data, demo.timesteps)
+    assert smoke.steps <= 8 < demo.steps
+
+
+def test_both_experts_follow_the_common_settings_unless_told_otherwise() -> None:
+    config = compose(["experiment=demo", "lora.rank=32", "high.rank=8", "low.steps=70", "steps=90"])
+    assert (config.high.rank, config.low.rank) == (8, 32)
+    assert (config.high.alpha, config.low.alpha) == (32.0, 32.0)
+    assert (config.high.steps, config.low.steps) == (90, 70)
+
+
+def test_the_resolved_settings_of_a_run_give_the_same_run_again() -> None:
+    config = compose(["experiment=demo", "+optim.args.eps=1e-6", "data.trigger='Zørbi'"])
+    text = resolved_yaml(config)
+    assert "${" not in text
+    assert "Zørbi" in text
+    again = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text))
+    assert isinstance(again, DictConfig)
+    assert typed(again) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("lora.rnak=3", "lora.rnak is not a key; did you mean lora.rank (rank of the adapters"),
+        ("+lora.rnak=3 experiment=demo", "lora.rnak is not a key; did you mean lora.rank ("),
+        ("rnak=3", "or high.rank ("),
+        ("zzz=3", "zzz is not a key. conf/config.yaml lists them all."),
+        ("experment=demo", "did you mean experiment (a file of conf/experiment)?"),
+        ("experiment=dmeo", "no file conf/experiment/dmeo.yaml; did you mean demo?"),
+        ("model=5b", "no file conf/model/5b.yaml; there are t2v_a14b, tiny."),
+        ("demo", "demo is not a setting: write key=value"),
+        ("'lora.rank=[1'", "lora.rank=[1 cannot be read. Put a value with"),
+        ("data.trigger=Zørbi", "letters beyond a to z into two kinds of quotes"),
+        ("lora.rank=big", "Expected int, a whole number of at least 1 (rank of the adapters"),
+        ("lora=3", "lora is a section, not a key: set lora.rank, lora.alpha"),
+        ("optim.args.eps=3", "write +optim.args.eps=…"),
+        ("data.path=null experiment=demo", "data.path: "),
+        ("'lora.alpha=${lora.rnak}' experiment=demo", "Interpolation key 'lora.rnak' not found"),
+        ("model=t2v_a14b", "not set: name (name of the run and of its files), model.path ("),
+        ("", "Write name=… model.path=… data.path=… on the command line"),
+    ],
+)
+def test_a_setting_that_does_not_exist_or_fit_is_explained(arguments: str, expected: str) -> None:
+    assert expected in mistake(arguments)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("experts=[medium]", "experts is [medium]: expected [high], [low] or [high, low]"),
+        ("experts=[]", "experts is []: "),
+        ("experts=[low,low]", "experts is [low, low]: "),
+        ("lora.rank=0", "lora.rank is 0: expected a whole number of at least 1"),
+        ("high.rank=0", "high.rank is 0: "),
+        ("steps=-1", "steps is -1: "),
+        ("turn_steps=0", "turn_steps is 0: "),
+        ("low.learning_rate=nan", "low.learning_rate is nan: expected a number above 0"),
+        ("lora.targets=atention", "expected one of all, attention, self_attention, ffn"),
+        ("model.variant=t2v", "expected one of t2v_a14b, tiny"),
+        ("data.frames=16", "data.frames is 16: expected 4n+1 frames"),
+        ("preview.frames=12", "preview.frames is 12: "),
+        ("data.caption_dropout=1", "data.caption_dropout is 1.0: "),
+        ("data.trigger=' '", "data.trigger is "),
+        ("eval.bins=0", "eval.bins is 0: "),
+        ("preview.seeds=[]", "preview.seeds is []: "),
+        ("name=a/b", "name is a/b: expected a file name"),
+        ("optim.name=AdamW", "expected the dotted name of a class"),
+        ("optim.warmup_steps=250", "but high.steps is 250"),
+        ("+optim.args.lr=1", "the learning rate is set as optim.learning_rate"),
+        ("timesteps.scale=2", "no effect with timesteps.base=uniform"),
+        ("data.heldout_fraction=0.2", "no effect next to data.heldout_path"),
+        ("data.heldout_path=./datasets/demo/train", "the folder that is trained on"),
+        ("model.variant=t2v_a14b", "only the variant tiny lies in this repository"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused(setting: str, expected: str) -> None:
+    assert expected in mistake(f'experiment=demo "{setting}"')
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("rnak: 3", "conf/experiment/mine.yaml: lora.rnak is not a key; did you mean lora.rank ("),
+        ("rank: big", "conf/experiment/mine.yaml: lora.rank: Value 'big'"),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_file(line: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\nlora:\n  {line}\n")
+    assert expected in mistake(f"experiment=mine hydra.searchpath=[file://{tmp_path}]")
+
+
+ENTRY = """
+import hydra
+from omegaconf import DictConfig
+from train import config
+from train.errors import clear_errors
+
+@hydra.main(version_base="1.3", config_path={conf!r}, config_name="config")
+def main(cfg: DictConfig) -> None:
+    with clear_errors():
+        print(config.typed(cfg).lora.rank / cfg.batch_size - 2 or 1 / 0)
+
+if __name__ == "__main__":
+    with clear_errors():
+        main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("lora.rnak=3", "error: lora.rnak is not a key; did you mean lora.rank ("),
+        ("lora.rank=0", "error: lora.rank is 0: expected a whole number of at least 1 ("),
+    ],
+)
+def test_the_program_prints_one_message_and_leaves_nothing_behind(
+    setting: str, message: str, tmp_path: Path
+) -> None:
+    done = run_entry(tmp_path, ["experiment=demo", setting])
+    # bitsandbytes, where it is installed, complains when it is imported.
+    lines = [line for line in done.stderr.splitlines() if "kernels-community" not in line]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith(message)
+    assert done.returncode == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["entry.py"]
+
+
+def test_an_error_of_the_program_itself_keeps_its_traceback(tmp_path: Path) -> None:
+    done = run_entry(tmp_path, ["experiment=demo", "lora.rank=8"])
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+
+
+def run_entry(folder: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a program that starts as train/lora.py does."""
+    entry = folder / "entry.py"
+    entry.write_text(ENTRY.format(conf=str(CONF)))
+    return subprocess.run(
+        [sys.executable, entry, *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(CONF.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )

@@ -1,0 +1,95 @@
+"""One clear sentence, in place of a traceback, for everything that a user can get wrong."""
+
+import difflib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from data.sources import DataError
+from train.config import schema, unknown_key
+from train.rules import ConfigError
+from wan.checkpoints import ModelError
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Print a user's mistake as one message on stderr and exit with status 2.
+
+    Errors of the program itself pass through with their traceback. Hydra reports an error that
+    leaves the job by a line of its own, so the entry file uses this inside the job and around it.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
+    try:
+        yield
+    except (
+        ConfigError,
+        DataError,
+        ModelError,
+        OverrideParseException,
+        ConfigCompositionException,
+        OmegaConfBaseException,
+    ) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # under a launcher, one process speaks for all
+            sys.stderr.write(f"error: {explain(error)}\n")
+        raise SystemExit(2) from None
+
+
+def explain(error: Exception) -> str:
+    """What is wrong and what to do, from an exception of ours, of Hydra or of OmegaConf."""
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error)
+    if isinstance(error, MissingConfigException):
+        return _no_such_file(error)
+    composing = isinstance(error, ConfigCompositionException)
+    cause = (error.__cause__ or error.__context__) if composing else error
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        return _place(error) + _wrong_setting(cause)
+    return str(error)
+
+
+def _unreadable(error: OverrideParseException) -> str:
+    setting = error.override
+    if "=" not in setting:
+        return f"{setting} is not a setting: write key=value, such as lora.rank=32"
+    return (
+        f"{setting} cannot be read. Put a value with spaces, commas, brackets or letters beyond "
+        "a to z into two kinds of quotes: 'preview.prompts=[\"A ball, rolling.\"]'"
+    )
+
+
+def _no_such_file(error: MissingConfigException) -> str:
+    group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    options = list(error.options or [])
+    near = difflib.get_close_matches(name, options, n=2)
+    guess = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(options)}."
+    return f"{group}={name}: there is no file conf/{group}/{name}.yaml; {guess}"
+
+
+def _place(error: Exception) -> str:
+    """The YAML file in which a setting stands, or nothing if it stands on the command line."""
+    text = str(error)
+    return f"conf/{text.split(chr(39))[1]}.yaml: " if text.startswith("In '") else ""
+
+
+def _wrong_setting(error: OmegaConfBaseException) -> str:
+    path = str(error.full_key)
+    if isinstance(error, (ConfigAttributeError, ConfigKeyError)):
+        return str(unknown_key(path))
+    known = schema().get(path)
+    if isinstance(error, ValidationError) and known is None:
+        keys = [name for name in schema() if name.startswith(f"{path}.")]
+        return f"{path} is a section, not a key: set {', '.join(keys)}"
+    found = str(error.msg or error).splitlines()[0].rstrip(".")
+    if known is None:
+        return f"{path}: {found}."
+    expected = f"{known.type}, {known.rule.text}" if known.rule else known.type
+    return f"{path}: {found}. Expected {expected} ({known.doc})."
