@@ -1,1 +1,1 @@
-"""Wan 2.2 itself: facts, flow, encoders, experts, sampling, adapter files. Knows nothing of training."""
+"""Wan 2.2 itself: facts, flow, encoders, experts, sampling, files. Knows nothing of training."""

@@ -54,7 +54,7 @@ def export_adapter(
     The bytes depend on the arguments and the library versions alone. `ModelError`, and nothing is
     written, if the name or the adapter is one that loaders would trip over.
     """
-    path = folder / f"{_checked_name(name)}{SUFFIX_OF_EXPERT[info.expert]}.safetensors"
+    path = folder / f"{checked_name(name)}{SUFFIX_OF_EXPERT[info.expert]}.safetensors"
     tensors = to_comfy(state, info.alpha / info.rank, info.rank, dtype)
     entries = metadata(info, data_sha256(tensors))
     entries["sshs_legacy_hash"] = legacy_hash(tensors, entries)
@@ -62,6 +62,17 @@ def export_adapter(
     write_safetensors(path, tensors, entries)
     hashes = file_hashes(path)
     return ExportedFile(path, hashes.sha256, hashes.autov2, hashes.autov3, path.stat().st_size)
+
+
+def checked_name(name: str) -> str:
+    """`name`, if loaders find a file that is called so; `ModelError` otherwise."""
+    if not name or name.startswith(".") or re.search(r'[\\/:*?"<>|\x00-\x1f]', name):
+        raise ModelError(f"{name!r} cannot name a file: use letters, digits, '-' and '_'")
+    if word := next((word for word in FORBIDDEN_WORDS if word in name.lower()), None):
+        raise ModelError(
+            f"the name {name!r} contains {word!r}, and diffusers skips such files: choose another"
+        )
+    return name
 
 
 def to_comfy(
@@ -179,15 +190,6 @@ def _diffusers_key(name: str, path: Path) -> str:
             f"with names like '{PREFIX}blocks.0.{next(iter(diffusers_name))}{FACTORS[0]}'"
         )
     return f"{found[1]}.{diffusers_name[found[2]]}{found[3]}"
-
-
-def _checked_name(name: str) -> str:
-    """`name`, if loaders find a file that is called so."""
-    if not name or name.startswith(".") or re.search(r'[\\/:*?"<>|\x00-\x1f]', name):
-        raise ModelError(f"{name!r} cannot name a file: use letters, digits, '-' and '_'")
-    if word := next((word for word in FORBIDDEN_WORDS if word in name.lower()), None):
-        raise ModelError(f"the name {name!r} contains {word!r}, and diffusers skips such files")
-    return name
 
 
 def _warn_if_untrained(tensors: dict[str, Tensor]) -> None:

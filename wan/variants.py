@@ -13,7 +13,8 @@ EXPERTS: tuple[Expert, ...] = ("high", "low")
 
 TRAIN_TIMESTEPS = 1000  # timestep = TRAIN_TIMESTEPS * sigma, in fp32
 
-# diffusers: `transformer` handles t >= boundary (high noise), `transformer_2` the rest (wan22.md, trap 1).
+# diffusers: `transformer` handles t >= boundary (high noise), `transformer_2` the rest (wan22.md,
+# trap 1).
 FOLDER_OF_EXPERT: dict[Expert, str] = {"high": "transformer", "low": "transformer_2"}
 
 TINY_PATH = Path(__file__).parent / "tiny"
@@ -27,7 +28,7 @@ WAN_NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance scale of each expert. Named, because the official tuple is (low, high)."""
+    """Classifier-free guidance scale of each expert, by name: the official tuple is (low, high)."""
 
     low: float
     high: float
@@ -50,8 +51,8 @@ class Geometry:
         """(C, F, h, w) of the latents of a video of `frames` x `height` x `width` pixels."""
         if (frames - 1) % self.time_stride or height % self.multiple or width % self.multiple:
             raise ValueError(
-                f"a video of {frames} frames of {height}x{width} does not fit the model: frames must be "
-                f"{self.time_stride}n+1, height and width multiples of {self.multiple}"
+                f"a video of {frames} frames of {height}x{width} does not fit the model: frames "
+                f"must be {self.time_stride}n+1, height and width multiples of {self.multiple}"
             )
         return (
             self.channels,
@@ -113,7 +114,7 @@ VARIANTS: dict[str, Variant] = {
         width=64,
         geometry=Geometry(time_stride=4, space_stride=8, multiple=16, channels=16),
         text_len=512,
-        negative_prompt="",  # it was trained with dropped captions, not with descriptions of bad video
+        negative_prompt="",  # trained with dropped captions, not with descriptions of bad video
         base_model="Other",
         architecture="wan2.2-tiny/lora",
     ),
