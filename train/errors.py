@@ -16,6 +16,7 @@ from omegaconf.errors import (
 
 from data.sources import DataError
 from train.config import schema, unknown_key
+from train.learner import TrainingStopped
 from train.rules import ConfigError
 from wan.checkpoints import ModelError
 
@@ -34,6 +35,7 @@ def clear_errors() -> Iterator[None]:
         ConfigError,
         DataError,
         ModelError,
+        TrainingStopped,
         OverrideParseException,
         ConfigCompositionException,
         OmegaConfBaseException,

@@ -1,0 +1,312 @@
+"""One expert in training: exact repetition, a frozen base, and a stop at the first NaN."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from data.batches import caption_dropped
+from data.cache import load_latents, load_text
+from train.config import Config, compose
+from train.dataset import EncodedDataset, encode_dataset, plan_dataset
+from train.learner import Learner, StepFigures, TrainingStopped, make_learner, train_step
+from train.optim import learning_rate_at
+from train.step import draw_noise, velocity_error
+from wan.checkpoints import ModelFolder, find_model
+from wan.experts import Experts, load_experts
+from wan.flow import bin_edges, expert_range, mix_seed
+from wan.lora import adapter_parameters, adapter_state
+from wan.variants import EXPERTS, Expert, variant
+
+TINY = variant("tiny")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(toy_model: Path) -> ModelFolder:
+    return find_model(str(toy_model), "tiny")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six images; one or more of them will be held out."""
+    path = tmp_path_factory.mktemp("learner") / "data"
+    path.mkdir()
+    for seed in range(6):
+        pixels = np.random.default_rng(seed).integers(0, 256, (32, 48, 3), np.uint8)
+        Image.fromarray(pixels).save(path / f"picture_{seed}.png")
+        (path / f"picture_{seed}.txt").write_text(f"caption {seed}")
+    return path
+
+
+def config_of(folder: Path, *overrides: str) -> Config:
+    return compose(
+        [
+            "name=toy", "model=tiny", f"data.path={folder}",
+            f"data.cache={folder.parent / 'cache'}", "data.height=32", "data.width=48",
+            "data.frames=1", "lora.rank=2", "steps=9",
+            "optim.warmup_steps=3", "optim.learning_rate=0.01", "batch_size=2", "accumulate=2",
+            "data.caption_dropout=0.5", "eval.bins=3", *overrides,
+        ]
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dataset(folder: Path, model: ModelFolder) -> EncodedDataset:
+    config = config_of(folder)
+    clips = plan_dataset(config.data, TINY)
+    return encode_dataset(clips, [], config, model, CPU, lambda steps, _: steps)
+
+
+@dataclass
+class Training:
+    """One expert with all that its steps need."""
+
+    config: Config
+    experts: Experts
+    learner: Learner
+    dataset: EncodedDataset
+
+    def step(self, step: int) -> StepFigures:
+        return train_step(
+            self.learner, step, self.config, TINY, self.experts, self.dataset, Accelerator()
+        )
+
+    def adapter(self) -> dict[str, Tensor]:
+        return adapter_state(self.experts[self.learner.expert])
+
+
+def start(
+    config: Config, model: ModelFolder, dataset: EncodedDataset, expert: Expert = "low"
+) -> Training:
+    experts = load_experts(model, getattr(torch, config.model.dtype), CPU)
+    learner = make_learner(expert, config, TINY, experts, dataset)
+    return Training(config, experts, learner, dataset)
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_learner_has_the_settings_of_its_expert(
+    folder: Path, model: ModelFolder, dataset: EncodedDataset
+) -> None:
+    config = config_of(folder, "high.rank=3", "high.learning_rate=0.5", "high.steps=7")
+    for expert in EXPERTS:
+        training = start(config, model, dataset, expert)
+        learner = training.learner
+        assert learner.expert == expert
+        ranks = {p.shape[0] for n, p in training.adapter().items() if "lora_A" in n}
+        assert ranks == {3 if expert == "high" else 2}
+        assert learner.optimizer.defaults["lr"] == (0.5 if expert == "high" else 0.01)
+        assert learner.sigma_range == expert_range(0.875, expert)
+        assert torch.equal(learner.edges, bin_edges(learner.law, learner.sigma_range, 3))
+        assert learner.seed == mix_seed(0, expert)
+        assert training.experts[expert].training
+
+
+def test_the_optimizer_moves_the_adapter_and_nothing_else(
+    folder: Path, model: ModelFolder, dataset: EncodedDataset
+) -> None:
+    training = start(config_of(folder), model, dataset)
+    transformer = training.experts["low"]
+    adapter = {id(parameter) for parameter in adapter_parameters(transformer)}
+    groups = training.learner.optimizer.param_groups
+    assert {id(p) for group in groups for p in group["params"]} == adapter
+
+    before = {name: p.detach().clone() for name, p in transformer.named_parameters()}
+    other = {name: t.clone() for name, t in training.experts["high"].state_dict().items()}
+    for step in range(3):
+        training.step(step)
+    for name, parameter in transformer.named_parameters():
+        assert torch.equal(parameter, before[name]) == (id(parameter) not in adapter), name
+        assert parameter.grad is None
+    assert same(dict(training.experts["high"].state_dict()), other)
+
+
+def test_two_trainings_of_one_config_are_the_same_to_the_bit(
+    folder: Path, model: ModelFolder, dataset: EncodedDataset
+) -> None:
+    runs = []
+    for rng in (1, 2):
+        torch.manual_seed(rng)  # must have no say
+        training = start(config_of(folder), model, dataset)
+        runs.append(([training.step(step) for step in range(3)], training.adapter()))
+    (first, first_state), (second, second_state) = runs
+    assert same(first_state, second_state)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.losses, other.losses)
+        assert torch.equal(one.sigmas, other.sigmas)
+        assert one.grad_norm == other.grad_norm
+
+
+def test_dropout_of_the_adapter_is_a_function_of_the_place_too(
+    folder: Path, model: ModelFolder, dataset: EncodedDataset
+) -> None:
+    states = []
+    for rng in (1, 2):
+        torch.manual_seed(rng)
+        training = start(config_of(folder, "lora.dropout=0.5"), model, dataset)
+        training.step(0)
+        training.step(1)
+        states.append(training.adapter())
+    assert same(*states)
+
+
+def test_turns_of_the_other_expert_change_nothing(
+    folder: Path, model: ModelFolder, dataset: EncodedDataset
+) -> None:
+    alone = start(config_of(folder), model, dataset)
+    beside = start(config_of(folder), model, dataset)
+    high = make_learner("high", beside.config, TINY, beside.experts, dataset)
+    other = Training(beside.config, beside.experts, high, dataset)
+    for step in range(2):
+        alone.step(step)
+        other.step(step)
+        beside.step(step)
+    assert same(alone.adapter(), beside.adapter())
+
+
+def test_seeds_and_experts_train_differently(
+    folder: Path, model: ModelFolder, dataset: EncodedDataset
+) -> None:
+    first = start(config_of(folder), model, dataset)
+    reseeded = start(config_of(folder, "seed=1"), model, dataset)
+    assert not same(first.adapter(), reseeded.adapter())
+    assert not torch.equal(first.step(0).sigmas, reseeded.step(0).sigmas)
+
+
+def test_a_step_is_what_its_places_say(
+    folder: Path, model: ModelFolder, dataset: EncodedDataset
+) -> None:
+    training = start(config_of(folder, "optim.max_grad_norm=1e9"), model, dataset)
+    learner, step = training.learner, 4
+    losses, sigmas = [], []
+    for place in (8, 9):  # two batches of two clips in each step
+        indices = learner.order.indices(place)
+        latents = torch.stack([load_latents(dataset.train.latents[i]) for i in indices])
+        dropped = [caption_dropped(learner.seed, place, slot, 0.5) for slot in range(2)]
+        text = [
+            load_text(dataset.empty_text if drop else dataset.train.text[i])
+            for i, drop in zip(indices, dropped, strict=True)
+        ]
+        draw = draw_noise(
+            learner.law, learner.sigma_range, latents.shape, learner.seed, 2 * place, True
+        )
+        transformer = training.experts["low"]
+        losses.append(velocity_error(transformer, latents, text, draw, TINY.text_len))
+        sigmas.append(draw.sigma)
+    gradients = torch.autograd.grad(torch.cat(losses).mean(), learner.parameters)
+    norm = torch.cat([g.flatten() for g in gradients]).norm()
+
+    figures = training.step(step)
+    assert torch.equal(figures.sigmas, torch.cat(sigmas))
+    assert torch.allclose(figures.losses, torch.cat(losses).detach())
+    assert figures.loss == pytest.approx(torch.cat(losses).mean().item())
+    assert figures.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+    assert learner.steps_done == 5
+
+
+def test_gradients_are_clipped_and_told_before_clipping(
+    folder: Path, model: ModelFolder, dataset: EncodedDataset
+) -> None:
+    # Plain gradient descent shows the length of its gradient.
+    config = config_of(folder, "optim.name=torch.optim.SGD", "optim.max_grad_norm=1e-6")
+    config.optim.args = {}
+    training = start(config, model, dataset)
+    before = training.adapter()
+    figures = training.step(5)
+    moved = torch.cat([(t - before[n]).flatten() for n, t in training.adapter().items()])
+    assert figures.grad_norm > 1e-3
+    assert moved.norm().item() == pytest.approx(figures.learning_rate * 1e-6, rel=0.01)
+
+
+def test_the_learning_rate_is_that_of_the_expert_and_the_step(
+    folder: Path, model: ModelFolder, dataset: EncodedDataset
+) -> None:
+    config = config_of(folder, "optim.schedule=linear", "low.learning_rate=0.25", "low.steps=8")
+    training = start(config, model, dataset)
+    for step in (0, 1, 5):
+        figures = training.step(step)
+        assert figures.learning_rate == learning_rate_at(step, 8, config.optim, 0.25)
+        assert training.learner.optimizer.param_groups[0]["lr"] == figures.learning_rate
+
+
+def test_training_learns(folder: Path, model: ModelFolder, dataset: EncodedDataset) -> None:
+    config = config_of(folder, "steps=40", "optim.learning_rate=0.03", "data.caption_dropout=0")
+    training = start(config, model, dataset)
+    losses = [training.step(step).loss for step in range(40)]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_gradient_checkpointing_changes_no_step(
+    folder: Path, model: ModelFolder, dataset: EncodedDataset
+) -> None:
+    states = []
+    for value in ("true", "false"):
+        config = config_of(folder, f"model.gradient_checkpointing={value}")
+        training = start(config, model, dataset)
+        assert training.experts["low"].is_gradient_checkpointing == (value == "true")
+        training.step(3)
+        training.step(4)
+        states.append(training.adapter())
+    assert all(torch.allclose(states[0][name], states[1][name], atol=1e-6) for name in states[0])
+
+
+def test_a_bf16_base_trains_fp32_adapters(
+    folder: Path, model: ModelFolder, dataset: EncodedDataset
+) -> None:
+    training = start(config_of(folder, "model.dtype=bfloat16"), model, dataset)
+    before = training.adapter()
+    figures = training.step(5)
+    assert figures.losses.dtype == torch.float32
+    assert {p.dtype for p in training.learner.parameters} == {torch.float32}
+    assert not same(before, training.adapter())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_update(
+    folder: Path, model: ModelFolder, dataset: EncodedDataset, value: float
+) -> None:
+    config = config_of(folder, "accumulate=1")
+    training = start(config, model, dataset, "high")
+    training.step(0)
+    learner = training.learner
+    with torch.no_grad():
+        learner.parameters[0][0, 0] = value
+    before = training.adapter()
+    moments = {k: v.clone() for k, v in learner.optimizer.state[learner.parameters[1]].items()}
+    with pytest.raises(TrainingStopped) as caught:
+        training.step(1)
+    message = str(caught.value)
+    assert "high expert, step 2" in message
+    assert "Lower high.learning_rate" in message
+    clips = plan_dataset(config.data, TINY).train
+    for index in learner.order.indices(1):
+        assert clips[index].item.name in message
+    after = training.adapter()
+    assert all(torch.equal(after[n].nan_to_num(), before[n].nan_to_num()) for n in after)
+    state = learner.optimizer.state[learner.parameters[1]]
+    assert all(torch.equal(state[name], moments[name]) for name in moments)
+    assert learner.steps_done == 1
+
+
+def test_a_stop_names_the_clips_of_all_passes(
+    folder: Path, model: ModelFolder, dataset: EncodedDataset
+) -> None:
+    config = config_of(folder, "accumulate=2", "batch_size=1")
+    training = start(config, model, dataset)
+    order = training.learner.order
+    step = next(s for s in range(50) if order.indices(2 * s) != order.indices(2 * s + 1))
+    with torch.no_grad():
+        training.learner.parameters[0][0, 0] = float("nan")
+    with pytest.raises(TrainingStopped) as caught:
+        training.step(step)
+    clips = plan_dataset(config.data, TINY).train
+    for place in (2 * step, 2 * step + 1):
+        assert clips[order.indices(place)[0]].item.name in str(caught.value)

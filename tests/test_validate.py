@@ -1,0 +1,185 @@
+"""Held-out loss: the same to the bit each time, whatever the batch size and the other clips."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from safetensors.torch import save_file
+
+from data.buckets import Bucket
+from train.dataset import CachedClips
+from train.validate import HeldoutLoss, HeldoutPlan, heldout_loss
+from wan.checkpoints import find_model, load_transformer
+from wan.flow import TimestepLaw, bin_edges, expert_range
+from wan.lora import adapter_parameters, attach, target_modules
+from wan.variants import EXPERTS, Expert, variant
+
+TINY = variant("tiny")
+LAW = TimestepLaw("logit_normal", shift=3.0)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> CachedClips:
+    """Three clips of different shapes and loudness."""
+    folder, generator = tmp_path_factory.mktemp("heldout"), torch.Generator().manual_seed(0)
+    shapes = [(16, 1, 4, 4), (16, 2, 4, 6), (16, 1, 6, 4)]
+    for index, shape in enumerate(shapes):
+        latents = (index + 1) * torch.randn(shape, generator=generator)
+        save_file({"latents": latents}, folder / f"latents_{index}")
+        text = torch.randn(index + 2, 32, generator=generator)
+        save_file({"text": text}, folder / f"text_{index}")
+    parts = {
+        "latents": [folder / f"latents_{i}" for i in range(3)],
+        "text": [folder / f"text_{i}" for i in range(3)],
+        "buckets": [Bucket(4 * (f - 1) + 1, 8 * h, 8 * w) for _, f, h, w in shapes],
+        "names": [f"{i}.png" for i in range(3)],
+    }
+    known = CachedClips.__dataclass_fields__
+    return CachedClips(**{name: part for name, part in parts.items() if name in known})
+
+
+@pytest.fixture
+def transformer(toy_model: Path) -> WanTransformer3DModel:
+    return load_transformer(find_model(str(toy_model), "tiny"), "low", torch.float32, "cpu")
+
+
+def plan_of(clips: CachedClips, bins: int = 3, draws: int = 2, batch_size: int = 2) -> HeldoutPlan:
+    return HeldoutPlan(clips, LAW, bins, draws, batch_size, seed=4)
+
+
+def some(clips: CachedClips, *indices: int) -> CachedClips:
+    parts = {name: getattr(clips, name) for name in CachedClips.__dataclass_fields__}
+    return replace(clips, **{name: [part[i] for i in indices] for name, part in parts.items()})
+
+
+def measure(
+    transformer: WanTransformer3DModel, plan: HeldoutPlan, expert: Expert = "low"
+) -> HeldoutLoss:
+    def progress(steps: Iterable[int], _: str) -> Iterable[int]:
+        return steps
+
+    return heldout_loss(transformer, expert, TINY, plan, progress)
+
+
+def adapt(transformer: WanTransformer3DModel, dropout: float = 0.0) -> None:
+    attach(transformer, 2, 2.0, target_modules("all"), dropout, seed=0)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapter_parameters(transformer):
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def test_each_measurement_is_the_same_to_the_bit(
+    transformer: WanTransformer3DModel, clips: CachedClips
+) -> None:
+    first = measure(transformer, plan_of(clips))
+    torch.manual_seed(99)
+    assert measure(transformer, plan_of(clips)) == first
+
+
+def test_the_mean_is_that_of_the_bins(
+    transformer: WanTransformer3DModel, clips: CachedClips
+) -> None:
+    loss = measure(transformer, plan_of(clips))
+    assert len(loss.bins) == 3
+    assert loss.mean == pytest.approx(sum(loss.bins) / 3, rel=1e-12)
+
+
+@pytest.mark.parametrize("expert", EXPERTS)
+def test_bins_are_those_of_the_law_and_the_expert(
+    transformer: WanTransformer3DModel, clips: CachedClips, expert: Expert
+) -> None:
+    seen: list[float] = []
+    hook = transformer.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[1].tolist()))
+    loss = measure(transformer, plan_of(some(clips, 0), bins=3, draws=2), expert)
+    hook.remove()
+    assert loss.expert == expert
+    assert loss.edges == bin_edges(LAW, expert_range(0.875, expert), 3).tolist()
+    bounds = list(zip(loss.edges[:-1], loss.edges[1:], strict=True))
+    inside = [sum(low <= t / 1000 < high for t in seen) for low, high in bounds]
+    assert inside == [2, 2, 2]  # one in each bin at each draw
+    assert len(set(seen)) == 6
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_the_batch_size_changes_nothing(
+    transformer: WanTransformer3DModel, clips: CachedClips, batch_size: int
+) -> None:
+    usual = measure(transformer, plan_of(clips))
+    other = measure(transformer, plan_of(clips, batch_size=batch_size))
+    assert other.mean == pytest.approx(usual.mean, rel=1e-5)
+    assert other.bins == pytest.approx(usual.bins, rel=1e-5)
+    assert other.standard_error == pytest.approx(usual.standard_error, rel=1e-4)
+
+
+def test_training_mode_has_no_say_and_is_left_as_it_was(
+    transformer: WanTransformer3DModel, clips: CachedClips
+) -> None:
+    adapt(transformer, dropout=0.9)
+    losses = []
+    for training in (True, False):
+        transformer.train(training)
+        losses.append(measure(transformer, plan_of(clips)))
+        assert all(module.training == training for module in transformer.modules())
+    assert losses[0] == losses[1]
+    assert all(parameter.grad is None for parameter in transformer.parameters())
+
+
+def test_adapters_change_the_loss(transformer: WanTransformer3DModel, clips: CachedClips) -> None:
+    base = measure(transformer, plan_of(clips))
+    adapt(transformer)
+    adapted = measure(transformer, plan_of(clips))
+    assert all(abs(b / a - 1) > 1e-4 for a, b in zip(base.bins, adapted.bins, strict=True))
+
+
+def test_seeds_and_experts_have_noise_of_their_own(
+    transformer: WanTransformer3DModel, clips: CachedClips
+) -> None:
+    plan = plan_of(clips)
+    means = [
+        measure(transformer, plan).mean,
+        measure(transformer, replace(plan, seed=5)).mean,
+        measure(transformer, plan, "high").mean,
+    ]
+    assert len(set(means)) == 3
+
+
+def test_one_clip_does_not_change_what_is_measured_on_another(
+    transformer: WanTransformer3DModel, clips: CachedClips
+) -> None:
+    alone = measure(transformer, plan_of(some(clips, 0)))
+    pairs = [measure(transformer, plan_of(some(clips, 0, other))) for other in (1, 2)]
+    rest = [  # of the second clip: what is left of the mean of two
+        [2 * both - first for both, first in zip(pair.bins, alone.bins, strict=True)]
+        for pair in pairs
+    ]
+    swapped = [measure(transformer, plan_of(some(clips, 1, other))) for other in (1, 2)]
+    first = [
+        [2 * both - second for both, second in zip(pair.bins, part, strict=True)]
+        for pair, part in zip(swapped, rest, strict=True)
+    ]
+    assert first[0] == pytest.approx(first[1], rel=1e-9)
+
+
+def test_the_order_of_clips_changes_no_clips_noise(
+    transformer: WanTransformer3DModel, clips: CachedClips
+) -> None:
+    forwards = measure(transformer, plan_of(clips))
+    backwards = measure(transformer, plan_of(some(clips, 2, 1, 0)))
+    assert backwards.bins == pytest.approx(forwards.bins, rel=1e-9)
+
+
+def test_the_standard_error_is_that_of_a_mean(
+    transformer: WanTransformer3DModel, clips: CachedClips
+) -> None:
+    # Of one clip the first draw is the same, however many follow: the second is what is left.
+    one = measure(transformer, plan_of(some(clips, 1), draws=1))
+    two = measure(transformer, plan_of(some(clips, 1), draws=2))
+    second = 2 * two.mean - one.mean
+    # Half the distance: std of two values is distance / sqrt(2), of their mean that / sqrt(2).
+    assert two.standard_error == pytest.approx(abs(second - one.mean) / 2, rel=1e-6)
+    assert two.standard_error > 0
+    assert one.standard_error == 0

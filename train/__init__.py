@@ -1,0 +1,1 @@
+"""The training program. Start reading at train/lora.py."""

@@ -1,0 +1,126 @@
+"""Sample videos during training, through the full inference pipeline, beside the base model's."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from torch import Tensor
+
+from train.config import PreviewConfig
+from train.rules import ConfigError
+from train.video_files import side_by_side, write_mp4, write_sheet
+from wan.experts import Experts
+from wan.latents import decode_latents
+from wan.sampler import SampleSettings, sample_latents
+from wan.text import pad_text
+from wan.variants import Expert, Guidance, Variant
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One video to render: what, and from which noise."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class PreviewPlan:
+    """What is rendered at each preview, and how."""
+
+    shots: list[Shot]
+    settings: SampleSettings
+    negative_prompt: str
+    batch_size: int
+
+
+Progress = Callable[[Iterable[int], str], Iterable[int]]
+
+
+def plan_previews(preview: PreviewConfig, facts: Variant, batch_size: int) -> PreviewPlan:
+    """The configured prompts and seeds, and the variant's values for what is not configured.
+
+    `ConfigError` if the size is none that the model can make.
+    """
+    settings = SampleSettings(
+        steps=preview.steps or facts.sample_steps,
+        shift=preview.shift or facts.sample_shift,
+        guidance=Guidance(
+            low=facts.guidance.low if preview.guidance_low is None else preview.guidance_low,
+            high=facts.guidance.high if preview.guidance_high is None else preview.guidance_high,
+        ),
+        frames=preview.frames or facts.frames,
+        height=preview.height or facts.height,
+        width=preview.width or facts.width,
+    )
+    try:
+        facts.geometry.latent_shape(settings.frames, settings.height, settings.width)
+    except ValueError as error:
+        raise ConfigError(
+            f"preview.frames={settings.frames}, preview.height={settings.height}, "
+            f"preview.width={settings.width}: {error}"
+        ) from error
+    negative = preview.negative_prompt
+    return PreviewPlan(
+        shots=[Shot(prompt, seed) for prompt in preview.prompts for seed in preview.seeds],
+        settings=settings,
+        negative_prompt=facts.negative_prompt if negative is None else negative,
+        batch_size=batch_size,
+    )
+
+
+def render(
+    plan: PreviewPlan,
+    facts: Variant,
+    experts: Experts,
+    vae: AutoencoderKLWan,
+    text: dict[str, Tensor],
+    progress: Progress,
+) -> list[np.ndarray]:
+    """The videos of the plan's shots, uint8 (T, H, W, 3) each; the models are left as they were."""
+    was_training: dict[Expert, bool] = {expert: experts[expert].training for expert in experts}
+    for expert in experts:
+        experts[expert].eval()
+    device = vae.device
+    negative = pad_text([text[plan.negative_prompt]], facts.text_len).to(device)
+    videos = []
+    starts = range(0, len(plan.shots), plan.batch_size)
+    for start in progress(starts, "rendering samples"):
+        shots = plan.shots[start : start + plan.batch_size]
+        prompts = pad_text([text[shot.prompt] for shot in shots], facts.text_len).to(device)
+        seeds = [shot.seed for shot in shots]
+        latents = sample_latents(experts, plan.settings, facts, prompts, negative, seeds)
+        for row in latents:
+            video = decode_latents(vae, row[None])[0]  # (3, T, H, W) in [-1, 1]
+            levels = ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+            videos.append(levels.permute(1, 2, 3, 0).cpu().numpy())
+    for expert, training in was_training.items():
+        experts[expert].train(training)
+    return videos
+
+
+def save_samples(
+    folder: Path,
+    plan: PreviewPlan,
+    base: Sequence[np.ndarray],
+    adapted: Sequence[np.ndarray],
+    fps: int,
+) -> list[Path]:
+    """Write each adapted video, its side-by-side with the base's, and one sheet of all of them.
+
+    Returns the side-by-side files in the order of the shots.
+    """
+    compared = []
+    for index, (before, after) in enumerate(zip(base, adapted, strict=True)):
+        write_mp4(folder / f"{index:02d}_adapters.mp4", after, fps)
+        compared.append(folder / f"{index:02d}_base_and_adapters.mp4")
+        write_mp4(compared[-1], side_by_side([before, after], ["base", "adapters"]), fps)
+    rows = [
+        (f"{shot.prompt} (seed {shot.seed})", [before, after])
+        for shot, before, after in zip(plan.shots, base, adapted, strict=True)
+    ]
+    write_sheet(folder / "sheet.png", rows, ["base model", "with both adapters"])
+    return compared

@@ -1,0 +1,143 @@
+"""What a run prints for people: the timestep law before training, the held-out table after it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from data.buckets import Clip, describe_buckets
+from train.config import Config
+from train.dataset import EncodedDataset
+from train.run import Checked
+from train.validate import HeldoutLoss
+from wan.flow import SigmaRange, TimestepLaw, expert_range
+from wan.lora_format import ExportedFile
+from wan.variants import EXPERTS, Expert, Variant
+
+BARS = " ▁▂▃▄▅▆▇█"
+HISTOGRAM_BARS = 24
+SMALL_SHARE = 0.05  # below it an untruncated law would hardly train the expert
+
+
+def before_training(checked: Checked, device: torch.device, law: TimestepLaw) -> str:
+    """What will be trained on what: the first lines of a run."""
+    config, facts = checked.config, checked.facts
+    ranks = ", ".join(
+        f"{expert}: rank {s.rank}, {s.steps} steps at {s.learning_rate:g}"
+        for expert in config.experts
+        for s in [config.high if expert == "high" else config.low]
+    )
+    return "\n".join(
+        [
+            f"model      {facts.title} in {config.model.dtype} on {device}",
+            _clips_line("train", checked.clips.train),
+            _clips_line("held out", checked.clips.heldout),
+            f"adapters   {ranks}; {config.lora.targets} linears",
+            _law_lines(config, law, facts),
+        ]
+    )
+
+
+def _clips_line(name: str, clips: Sequence[Clip]) -> str:
+    shapes = [f"{n} of {b.frames}x{b.height}x{b.width}" for b, n in describe_buckets(clips)]
+    return f"{name:<10} {len(clips)} clips: {', '.join(shapes)} (frames x height x width)"
+
+
+def cache_use(config: Config, dataset: EncodedDataset) -> str:
+    """What was encoded now and what was there already."""
+    sentences = "; ".join(report.sentence() for report in dataset.reports)
+    return f"cache      {sentences} (in {config.data.cache}/)"
+
+
+def _law_lines(config: Config, law: TimestepLaw, facts: Variant) -> str:
+    lines = [
+        f"timesteps  {law.base}, shift {law.shift:g}, truncated to each expert's range of sigma:"
+    ]
+    for expert in EXPERTS:
+        sigmas = expert_range(facts.boundary, expert)
+        share = law.share(sigmas)
+        use = "" if expert in config.experts else " (not trained)"
+        lines.append(
+            f"  {expert:<8} {sigmas.low:.3f} |{_histogram(law, sigmas)}| {sigmas.high:.3f}  "
+            f"{share:6.1%} of the untruncated law{use}"
+        )
+        if share < SMALL_SHARE:
+            lines.append(
+                f"           only {share:.1%}: without truncation it would hardly be trained"
+            )
+    return "\n".join(lines)
+
+
+def _histogram(law: TimestepLaw, sigmas: SigmaRange) -> str:
+    """Density of the truncated law over equal steps of sigma, tallest bar full."""
+    edges = torch.linspace(sigmas.low, sigmas.high, HISTOGRAM_BARS + 1, dtype=torch.float64)
+    density = law.cdf(edges).diff()
+    heights = (density / density.max() * (len(BARS) - 1)).round().long().tolist()
+    return "".join(BARS[height] for height in heights)
+
+
+def heldout_table(before: Sequence[HeldoutLoss], after: Sequence[HeldoutLoss]) -> str:
+    """Held-out loss of the base model and with adapters, for each expert and noise bin."""
+    lines = ["held-out   sigma                base   adapters    change"]
+    for base, trained in zip(before, after, strict=True):
+        bins = list(zip(base.edges[:-1], base.edges[1:], base.bins, trained.bins, strict=True))
+        for low, high, was, now in bins:
+            lines.append(_table_row(base.expert, f"{low:.3f} to {high:.3f}", was, now))
+        spread = f"all ± {trained.standard_error:.4f}"
+        lines.append(_table_row(base.expert, spread, base.mean, trained.mean))
+    return "\n".join(lines)
+
+
+def _table_row(name: str, where: str, was: float, now: float) -> str:
+    return f"  {name:<8} {where:<16} {was:8.4f}   {now:8.4f}  {now / was - 1:+8.1%}"
+
+
+def export(
+    config: Config,
+    facts: Variant,
+    files: Mapping[Expert, ExportedFile],
+    errors: Mapping[Expert, float],
+) -> str:
+    """Where the files are, what they are, and where to put them."""
+    lines = ["adapters   (strength 1.0)"]
+    for expert, file in files.items():
+        lines.append(
+            f"  {file.path}  {file.size_bytes / 1e6:.1f} MB  AutoV2 {file.autov2}  "
+            f"AutoV3 {file.autov3}\n"
+            f"    reloaded by diffusers' WanPipeline: {errors[expert]:.2%} from the trained "
+            f"adapter ({config.export.dtype} rounding)"
+        )
+    lines.append(
+        "  ComfyUI: both into models/loras, one LoraLoaderModelOnly per expert.\n"
+        "  diffusers: load_lora_weights(high), "
+        "load_lora_weights(low, load_into_transformer_2=True)\n"
+        f"  CivitAI: base model {facts.base_model!r}, one version for each file"
+    )
+    return "\n".join(lines)
+
+
+def what_next(config: Config, folder: Path, sheet: Path | None) -> str:
+    """What to look at and to type next."""
+    lines = [f"look at    {sheet}" if sheet else "", f"all of it  {folder}/"]
+    if config.model.variant == "tiny":
+        lines.append("measure    python -m tools.measure_tiny " + str(folder))
+    lines.append(
+        "           accelerate launch train/lora.py experiment=demo lora.rank=4 name=rank4"
+    )
+    return "\n".join(line for line in lines if line)
+
+
+def figures(
+    before: Sequence[HeldoutLoss],
+    after: Sequence[HeldoutLoss],
+    errors: Mapping[Expert, float],
+    seconds: Mapping[str, float],
+) -> dict[str, object]:
+    """The same figures for programs: summary.json."""
+    return {
+        "heldout_base": {loss.expert: asdict(loss) for loss in before},
+        "heldout_adapters": {loss.expert: asdict(loss) for loss in after},
+        "reload_error": dict(errors),
+        "seconds": {phase: round(spent, 1) for phase, spent in seconds.items()},
+    }
