@@ -1,0 +1,1 @@
+"""Programs around the training, each started with `python -m tools.NAME`."""
