@@ -5,6 +5,7 @@ It is how the embedded model is measured: nobody looks at 128 videos. It is trai
 `wan/tiny/README.md`. The shape head has one class more than the world has shapes: the zorbi.
 """
 
+import copy
 import dataclasses
 import itertools
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tools import world
-from tools.tiny_vae import FRAMES, SIZE, random_scenes
+from tools.tiny_vae import FRAMES, SIZE, encode_whole, random_scenes, run_whole_clips
 
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
 FRAMES_JUDGED = 4  # evenly spread over a clip, without its first frame
@@ -86,13 +87,14 @@ def rebuilt_frames(
     Half of the clips had noise in their latents: what a denoiser that is not perfect leaves.
     """
     frames, scenes = [], []
+    whole = run_whole_clips(copy.deepcopy(vae))
     for _ in range(clips // 8):
         scene = random_scenes(8, device, zorbi=True)
-        latents = vae.encode(world.render(scene, FRAMES, SIZE), return_dict=False)[0].mode()
+        latents = encode_whole(whole, world.render(scene, FRAMES, SIZE))
         strength = 0.4 * torch.rand(8, 1, 1, 1, 1, device=device) * latents.std()
         strength[::2] = 0
         latents = latents + strength * torch.randn_like(latents)
-        videos = vae.decode(latents, return_dict=False)[0]
+        videos = whole.decoder(whole.post_quant_conv(latents)).clamp(-1, 1)
         frames.append(videos.transpose(1, 2).flatten(0, 1))
         scenes.append(scene.repeat_interleave(FRAMES, 0))
     return torch.cat(frames), torch.cat(scenes)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
@@ -48,11 +47,6 @@ class Run:
     checks: HeldoutPlan
     previews: PreviewPlan
     exporter: Exporter
-
-    @property
-    def device(self) -> torch.device:
-        """Where the models compute."""
-        return self.accelerator.device
 
 
 def measure(run: Run, done: int) -> list[HeldoutLoss]:

@@ -52,6 +52,8 @@ class Tracker:
             return
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         mode = _wandb_mode(config.tracking.mode)
+        # Videos of tables are staged here until `wandb sync`: all of a run is in its folder.
+        os.environ.setdefault("WANDB_DATA_DIR", str(folder.resolve() / "wandb"))
         self._run = wandb.init(
             project=config.tracking.project,
             name=config.name,
@@ -136,9 +138,12 @@ class Tracker:
         if self._run is None:
             return
         table = wandb.Table(columns=["step", "prompt", "seed", "base and adapters"])
+        shown: dict[str, object] = {"sheet": wandb.Image(str(sheet))}
         for shot, file in zip(shots, files, strict=True):
-            table.add_data(step, shot.prompt, shot.seed, wandb.Video(str(file), format="mp4"))
-        self._run.log({"samples": table, "sheet": wandb.Image(str(sheet))}, step=step)
+            video = wandb.Video(str(file), caption=shot.prompt, format="mp4")
+            table.add_data(step, shot.prompt, shot.seed, video)
+            shown[f"samples/{file.stem}"] = video  # a table's videos wait for `wandb sync`
+        self._run.log({"samples": table, **shown}, step=step)
 
     def finish(self) -> None:
         """Close everything."""
