@@ -14,7 +14,7 @@ from wan.checkpoints import find_model
 from wan.experts import Experts, load_experts
 from wan.lora import adapter_layers, adapter_parameters, adapter_state, attach, target_modules
 from wan.lora_format import export_adapter
-from wan.reload import reload_errors
+from wan.reload import TOLERANCE, reload_errors
 from wan.variants import EXPERTS, Expert, variant
 
 TINY = variant("tiny")
@@ -151,3 +151,13 @@ def test_a_file_that_cannot_be_loaded_leaves_the_adapters_as_they_were(
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in after)
     assert switches(experts["high"]) == modes
+
+
+@pytest.mark.parametrize("experts", [torch.bfloat16], indirect=True)
+def test_a_model_in_bf16_is_proved_by_its_weights(tmp_path: Path, experts: Experts) -> None:
+    """Its output rounds by more than a young adapter changes it."""
+    files = export(tmp_path, experts, torch.bfloat16)
+    assert all(error < TOLERANCE for error in errors_of(experts, files).values())
+    tamper(files["low"], 1.1)
+    errors = errors_of(experts, files)
+    assert errors["high"] < TOLERANCE < errors["low"]

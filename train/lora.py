@@ -19,7 +19,7 @@ from train.config import Config
 from train.dataset import encode_dataset, plan_dataset
 from train.errors import clear_errors
 from train.export import Exporter
-from train.learner import Learner, make_learner, timestep_law, train_step
+from train.learner import Learner, TrainingStopped, make_learner, timestep_law, train_step
 from train.preview import plan_previews
 from train.run import Checked, Run, measure, sample, show
 from train.run_folder import open_run_folder, write_summary
@@ -29,7 +29,7 @@ from train.validate import HeldoutLoss, HeldoutPlan
 from wan.checkpoints import find_model, load_vae
 from wan.experts import base_only, load_experts
 from wan.lora_format import checked_name
-from wan.reload import reload_errors
+from wan.reload import TOLERANCE, reload_errors
 from wan.variants import EXPERTS, TINY_PATH, VARIANTS, Expert
 
 
@@ -139,6 +139,8 @@ def deliver(run: Run, before: list[HeldoutLoss], after: list[HeldoutLoss]) -> No
     run.tracker.say(report.export(run.config, run.facts, files, errors))
     run.tracker.say(run.tracker.time_spent())
     write_summary(run.folder, report.figures(before, after, errors, run.tracker.seconds))
+    if max(errors.values()) > TOLERANCE:
+        raise TrainingStopped(f"the files in {run.folder} do not do in diffusers what was trained")
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
