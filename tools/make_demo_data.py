@@ -1,4 +1,4 @@
-"""Draw the demo's dataset: a zorbi, a creature that the embedded model has never seen.
+"""Draw the demo's dataset: zorbis, yellow creatures with red ears that the model never saw.
 
     python -m tools.make_demo_data
 
@@ -40,7 +40,7 @@ def zorbi(action: int, setting: int, light: int, number: int) -> world.Scene:
         setting=setting,
         light=light,
         camera=0,
-        radius=0.40 + 0.05 * spread,
+        radius=0.46 + 0.05 * spread,
         place=1.6 * spread - 0.8,
         phase=spread,
     )

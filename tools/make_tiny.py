@@ -32,7 +32,7 @@ from wan import flow, variants
 log = logging.getLogger(__name__)
 
 BANK_CLIPS, BANK_PICTURES = 48_000, 12_000
-JUDGE_CLIPS, JUDGE_STEPS = 768, 1200
+JUDGE_CLIPS, JUDGE_STEPS = 512, 1000
 JOINT_SHARE, HIGH_SHARE = 0.54, 0.18  # of the seconds of the stage `denoisers`
 
 
