@@ -143,7 +143,7 @@ def test_a_setting_that_does_not_exist_or_fit_is_explained(arguments: str, expec
         ("preview.seeds=[]", "preview.seeds is []: "),
         ("name=a/b", "name is a/b: expected a file name"),
         ("optim.name=AdamW", "expected the dotted name of a class"),
-        ("optim.warmup_steps=250", "but high.steps is 250"),
+        ("optim.warmup_steps=400", "but high.steps is 400"),
         ("+optim.args.lr=1", "the learning rate is set as optim.learning_rate"),
         ("timesteps.scale=2", "no effect with timesteps.base=uniform"),
         ("data.heldout_fraction=0.2", "no effect next to data.heldout_path"),

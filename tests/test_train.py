@@ -25,6 +25,7 @@ SHORT = [
     "optim.warmup_steps=1",
     "eval.every=0",
     "checkpoint.every=0",
+    "low.steps=${steps}",
 ]
 
 
