@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 from train import config
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"accelerate launch train/lora\.py((?: \\?\s*[\w.]+=\S+)+)", README)
+README = (ROOT / "README.md").read_text().replace("$s", "0")  # of a loop over seeds
+COMMANDS = re.findall(r"accelerate launch train/lora\.py((?: \\?\s*[\w.]+=[^\s`;]+)+)", README)
 COMMANDS = [command for command in COMMANDS if "my_style" not in command]  # the reader writes it
 
 
