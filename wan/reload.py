@@ -85,14 +85,15 @@ def _reload_error(
     with without_adapter(transformer):
         base = output()
     try:
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # as is meant
-        pipeline.load_lora_weights(
-            str(path.parent),
-            weight_name=path.name,
-            adapter_name=RELOADED,
-            load_into_transformer_2=expert == "low",
-            local_files_only=True,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # meant
+            pipeline.load_lora_weights(
+                str(path.parent),
+                weight_name=path.name,
+                adapter_name=RELOADED,
+                load_into_transformer_2=expert == "low",
+                local_files_only=True,
+            )
         transformer.set_adapters(RELOADED)
         reloaded, delta_error = output(), _delta_error(transformer)
     finally:
