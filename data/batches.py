@@ -1,13 +1,16 @@
-"""Batches as a function of (seed, place): nothing to save, and any step can be made again alone.
+"""Batches as a function of (seed, place): any step can be made again alone, on any machine.
 
-A `place` counts the batches of a run, over all processes. Random numbers come from `random.Random`,
-whose `random()` gives the same sequence for a seed on every platform and version of Python.
+A `place` counts the batches of a run, over all processes: with the order's fingerprint it is all
+that must be saved. Random numbers come from `random.Random`, whose `random()` gives the same
+sequence for a seed on every platform and version of Python.
 """
 
+import hashlib
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from math import floor
 from random import Random
 from typing import TypeVar
 
@@ -15,81 +18,200 @@ import torch
 from torch import Tensor
 
 from data.buckets import Bucket
-from data.cache import load_latents, load_text
+from data.cache import Entries
+from data.sources import DataError
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Clips of one shape."""
-
-    latents: Tensor  # (B, C, F, h, w)
-    text: list[Tensor]  # B times (L_i, D)
-    indices: list[int]  # of the clips
+GOLDEN = 0.6180339887498949  # its multiples fill [0, 1) evenly
 
 
 class BatchOrder:
     """Which clips make the batch of each place.
 
-    In an epoch every clip is seen at least once. A batch holds clips of one bucket; the last of a
-    bucket is completed with clips of the same bucket, from the start of the epoch's order.
+    In an epoch, clip i is seen `visits[i]` times; of a fraction, such as 0.5, the rest comes in
+    later epochs (every second one), and different clips rest in different epochs. A batch holds
+    clips of one bucket; the last of a bucket is completed with clips of the same bucket, from the
+    start of the epoch's order, so no clip is ever dropped.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], batch_size: int, seed: int) -> None:
-        """`buckets` holds the bucket of each clip."""
+    def __init__(
+        self, buckets: Sequence[Bucket], visits: Sequence[float], batch_size: int, seed: int
+    ) -> None:
+        """`buckets` and `visits` hold one value for each clip."""
         assert buckets, "no clips"
         assert batch_size > 0
+        assert min(visits) > 0
         groups: dict[Bucket, list[int]] = defaultdict(list)
         for index, bucket in enumerate(buckets):
             groups[bucket].append(index)
         self._groups = [groups[bucket] for bucket in sorted(groups)]
+        self._visits = list(visits)
         self._batch_size = batch_size
         self._seed = seed
-        self.batches_per_epoch = sum(-(-len(group) // batch_size) for group in self._groups)
+        self._starts = [0]  # the first place of each epoch, as far as it was asked for
+        self._last: tuple[int, list[list[int]]] = (-1, [])  # an epoch and its batches
+        facts = repr((list(buckets), self._visits, batch_size, seed))
+        self._fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:16]
 
     def indices(self, place: int) -> list[int]:
         """The clips of the batch at `place`, always `batch_size` of them."""
-        epoch, position = divmod(place, self.batches_per_epoch)
+        while self._starts[-1] <= place:
+            epoch = len(self._starts) - 1
+            self._starts.append(self._starts[-1] + self.batches_in_epoch(epoch))
+        epoch = bisect_right(self._starts, place) - 1
+        if self._last[0] != epoch:
+            self._last = (epoch, self._batches(epoch))
+        return self._last[1][place - self._starts[epoch]]
+
+    def batches_in_epoch(self, epoch: int) -> int:
+        """How many batches an epoch has; all have as many if no visits are fractions."""
+        counts = (sum(self._count(clip, epoch) for clip in group) for group in self._groups)
+        return sum(-(-count // self._batch_size) for count in counts)
+
+    def state(self, place: int) -> dict[str, int | str]:
+        """What to save in order to go on at `place`."""
+        return {"place": place, "order": self._fingerprint}
+
+    def place_of(self, state: dict[str, int | str]) -> int:
+        """The place that was saved; `DataError` if it was of other clips, weights or settings."""
+        if state["order"] != self._fingerprint:
+            raise DataError(
+                f"the saved place {state['place']} belongs to another order of batches: the clips, "
+                "their weights, batch_size or seed have changed since; restore them, or start anew"
+            )
+        return int(state["place"])
+
+    def _count(self, clip: int, epoch: int) -> int:
+        """How often a clip is seen in an epoch."""
+        visits, phase = self._visits[clip], clip * GOLDEN % 1
+        return floor((epoch + 1) * visits + phase) - floor(epoch * visits + phase)
+
+    def _batches(self, epoch: int) -> list[list[int]]:
         random = Random(f"order {self._seed} {epoch}")
         batches = []
         for group in self._groups:
-            order = _shuffled(group, random)
+            visited = [clip for clip in group for _ in range(self._count(clip, epoch))]
+            order = _shuffled(visited, random)
             for start in range(0, len(order), self._batch_size):
                 slots = range(start, start + self._batch_size)
                 batches.append([order[slot % len(order)] for slot in slots])
-        return _shuffled(batches, random)[position]
+        return _shuffled(batches, random)
 
 
 def _shuffled(things: Sequence[T], random: Random) -> list[T]:
     return sorted(things, key=lambda _: random.random())
 
 
-def caption_dropped(seed: int, place: int, slot: int, probability: float) -> bool:
-    """Whether the caption in `slot` of the batch at `place` is replaced by ""."""
-    return Random(f"dropout {seed} {place} {slot}").random() < probability
+@dataclass(frozen=True)
+class EncodedClip:
+    """Where a clip's parts lie in the cache, and how it is used."""
+
+    name: str
+    bucket: Bucket
+    latents: int  # an index into the entries of each kind
+    captions: tuple[int, ...]
+    mask: int | None
+    visits: float
+    loss_weight: float
 
 
-def load_batch(
-    indices: list[int],
-    latents_paths: Sequence[Path],
-    text_paths: Sequence[Path],
-    dropped: Path,
-    seed: int,
-    place: int,
-    dropout: float,
-) -> Batch:
-    """The batch of the clips `indices`, with captions dropped with probability `dropout`.
+@dataclass(frozen=True)
+class EncodedClips:
+    """Clips with the cache entries that they share with others."""
 
-    `latents_paths` and `text_paths` are the cache entries of each clip, `dropped` that of "".
-    `DataError` names an entry that is damaged.
-    """
-    texts = [
-        dropped if caption_dropped(seed, place, slot, dropout) else text_paths[index]
-        for slot, index in enumerate(indices)
-    ]
-    return Batch(
-        latents=torch.stack([load_latents(latents_paths[index]) for index in indices]),
-        text=[load_text(path) for path in texts],
-        indices=indices,
+    clips: list[EncodedClip]
+    latents: Entries
+    text: Entries
+    masks: Entries | None
+    conditions: Entries | None  # I2V-A14B: the latents of the first frame and nothing, by clip
+    conditions_last: Entries | None  # the same with the last frame given too
+    no_caption: int  # the entry of ""
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def first(self) -> tuple[Tensor, Tensor]:
+        """Latents (C, F, h, w) and text (L, D) of the first clip."""
+        clip = self.clips[0]
+        return self.latents.read(clip.latents), self.text.read(clip.captions[0])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips of one shape; what no clip of a run has is None."""
+
+    clips: list[int]
+    latents: Tensor  # (B, C, F, h, w)
+    text: list[Tensor]  # B times (L_i, D)
+    mask: Tensor | None  # (B, F, h, w): the weight of each place in the loss
+    loss_weight: Tensor  # (B,)
+    condition: Tensor | None  # (B, C, F, h, w): the VAE's view of the given frames
+    first_given: Tensor  # (B,) bool: whether the model is given the first frame
+    last_given: Tensor  # (B,) bool
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Shares of samples that differ in what the model is given; all are drawn by (seed, place)."""
+
+    seed: int
+    caption_dropout: float = 0.0
+    first_frame: float = 0.0
+    last_frame: float = 0.0
+
+
+def load_batch(clips: EncodedClips, indices: list[int], draws: Draws, place: int) -> Batch:
+    """The batch of the clips `indices` at `place` of a run; damaged entries are made anew."""
+    chosen = [clips.clips[index] for index in indices]
+    captions = [caption_of(clips, clip, draws, place, slot) for slot, clip in enumerate(chosen)]
+    first, last = (
+        [happens(draws.seed, name, place, slot, share) for slot in range(len(chosen))]
+        for name, share in (("first", draws.first_frame), ("last", draws.last_frame))
     )
+    latents = torch.stack([clips.latents.read(clip.latents) for clip in chosen])
+    return Batch(
+        clips=indices,
+        latents=latents,
+        text=[clips.text.read(caption) for caption in captions],
+        mask=_masks(clips, chosen, latents),
+        loss_weight=torch.tensor([clip.loss_weight for clip in chosen]),
+        condition=_conditions(clips, chosen, last),
+        first_given=torch.tensor(first),
+        last_given=torch.tensor(last),
+    )
+
+
+def caption_of(clips: EncodedClips, clip: EncodedClip, draws: Draws, place: int, slot: int) -> int:
+    """The text entry of a sample: one of the clip's captions, or that of ""."""
+    if happens(draws.seed, "dropout", place, slot, draws.caption_dropout):
+        return clips.no_caption
+    if len(clip.captions) == 1:
+        return clip.captions[0]
+    return Random(f"caption {draws.seed} {place} {slot}").choice(clip.captions)
+
+
+def happens(seed: int, what: str, place: int, slot: int, share: float) -> bool:
+    """Whether something that is done to a share of samples is done to this one."""
+    return Random(f"{what} {seed} {place} {slot}").random() < share
+
+
+def _masks(clips: EncodedClips, chosen: Sequence[EncodedClip], latents: Tensor) -> Tensor | None:
+    if clips.masks is None or all(clip.mask is None for clip in chosen):
+        return None
+    everything = torch.ones(latents.shape[2:])  # (F, h, w)
+    return torch.stack(
+        [everything if clip.mask is None else clips.masks.read(clip.mask) for clip in chosen]
+    )
+
+
+def _conditions(
+    clips: EncodedClips, chosen: Sequence[EncodedClip], last: Sequence[bool]
+) -> Tensor | None:
+    if clips.conditions is None:
+        return None
+    rows = []
+    for clip, with_last in zip(chosen, last, strict=True):
+        entries = clips.conditions_last if with_last else clips.conditions
+        assert entries is not None, "a last frame is given, but was not encoded"
+        rows.append(entries.read(clip.latents))
+    return torch.stack(rows)

@@ -1,237 +1,195 @@
-"""Latents and text embeddings on disk: one safetensors file per entry, named by what is in it.
+"""What the encoders make of clips and prompts, kept on disk: what each kind of entry depends on.
 
-The name of an entry is the hash of its recipe: everything that its content depends on, and nothing
-else (no path, no time), so an entry is either right or missing, and the folder can be copied.
-
-    root/latents/ab/abcdef….safetensors    "latents" (C, F, h, w)
-    root/text/ab/abcdef….safetensors       "text" (L, D)
-    root/files.json                        sha256 of each source file, by path, size and time
-
-Files appear under their final name only when complete, so a killed run leaves nothing half written.
+latents     of a clip's frames
+condition   of its first frame, for I2V-A14B
+mask        of its mask
+text        of a prompt
 """
 
 import hashlib
-import json
-import os
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from data.buckets import Clip
-from data.media import read_clip
+from data.entries import Recipe, make_entry
+from data.files import FileFacts
+from data.filling import CacheReport, Encode, Entries, Store, Work, fill
+from data.media import read_clip, read_mask
 from data.sources import DataError
 
-EntryKind = Literal["latents", "text"]
-Progress = Callable[[Iterable[int], str], Iterable[int]]
-FileIndex = dict[str, tuple[int, int, str]]  # absolute path -> size, mtime in ns, sha256
-
-DIMENSIONS: dict[EntryKind, int] = {"latents": 4, "text": 2}
-READER = 1  # raise it when `read_clip` gives other frames for the same clip
-FRESH_NS = 2_000_000_000  # a file written again so soon may keep its size and its mtime
-MEND = "delete this file, if it is there, and start again: it will be encoded anew"
-
-
-@dataclass(frozen=True)
-class CacheReport:
-    """What was done for `what`, counted in clips or prompts."""
-
-    what: EntryKind
-    reused: int
-    encoded: int
-    repaired: int  # encoded again: the entry was truncated or damaged
-
-    def sentence(self) -> str:
-        """Such as "latents: 24 encoded, 3 reused"."""
-        text = f"{self.what}: {self.encoded} encoded, {self.reused} reused"
-        return text + (f", {self.repaired} damaged and encoded again" if self.repaired else "")
+READER = 2  # raise it when `read_clip` or `read_mask` give other pixels for the same clip
 
 
 def cache_latents(
     clips: Sequence[Clip],
-    encode: Callable[[Tensor], Tensor],
+    facts: Mapping[Path, FileFacts],
+    make_encoder: Callable[[], Callable[[Tensor], Tensor]],
     encoder_id: str,
-    root: Path,
-    progress: Progress,
-) -> tuple[list[Path], CacheReport]:
-    """The entry of each clip, encoded if it is missing.
+    store: Store,
+) -> tuple[Entries, CacheReport]:
+    """The latents (C, F, h, w) of each clip, encoded if they are missing.
 
-    `encode` maps frames, uint8 (T, H, W, 3), to latents (C, F, h, w), stored in their dtype. It is
-    called for missing entries only, so it may load its model when first called. `encoder_id` names
-    the weights and the dtype behind it. `DataError` for a file that cannot be read and for latents
-    that are not finite.
+    `make_encoder` loads what maps frames, uint8 (T, H, W, 3), to latents, stored in their dtype; it
+    is called only if something is missing, and its result dropped afterwards. `encoder_id` names
+    the weights and the dtype behind it. `facts` holds every file of the clips. `DataError` for a
+    file that cannot be read or changes meanwhile, and for latents that are not finite.
     """
-    digests = file_digests([clip.item.path for clip in clips], root, progress)
-    recipes = [
-        _recipe(
-            {
-                "encoder": encoder_id,
-                "file": digest,
-                "window": [clip.start, clip.fps, clip.policy],
-                "bucket": asdict(clip.bucket),
-                "reader": READER,
-            }
+
+    def load_encoder() -> Encode:
+        encode = make_encoder()
+        return lambda _, frames: encode(frames)
+
+    entries = [
+        make_entry(
+            store.root,
+            "latents",
+            clip.item.name,
+            _window(clip, facts) | {"bucket": asdict(clip.bucket), "encoder": encoder_id},
         )
-        for clip, digest in zip(clips, digests, strict=True)
+        for clip in clips
     ]
+    return fill("latents", entries, _clip_work(clips, facts, read_clip, load_encoder), store)
 
-    def encode_clip(index: int) -> Tensor:
-        return encode(read_clip(clips[index]))
 
-    names = [clip.item.name for clip in clips]
-    return _fill("latents", names, recipes, encode_clip, root, progress)
+def cache_conditions(
+    clips: Sequence[Clip],
+    facts: Mapping[Path, FileFacts],
+    make_encoder: Callable[[], Callable[[Tensor, int], Tensor]],
+    encoder_id: str,
+    store: Store,
+    last: bool = False,
+) -> tuple[Entries, CacheReport]:
+    """The condition Y (C, F, h, w) of each clip, for I2V-A14B; the rest is as in `cache_latents`.
+
+    `make_encoder` loads what maps the first frame, uint8 (1, H, W, 3), and T to the latents of the
+    frame followed by T-1 grey ones. Y of fewer frames is the start of Y of more, so of the windows
+    at the start of a file only the longest is encoded. With `last` the encoder gets the first and
+    the last frame, (2, H, W, 3), and every length has an entry of its own. Source:
+    `spec/wan22.md` section 4.2.
+    """
+
+    def load_encoder() -> Encode:
+        encode = make_encoder()
+        return lambda index, given: encode(given, clips[index].bucket.frames)
+
+    def read_given(clip: Clip) -> Tensor:
+        return read_clip(clip)[[0, -1] if last else [0]]  # a copy: the rest need not travel
+
+    entries = []
+    for clip in clips:
+        frames, height, width = astuple(clip.bucket)
+        # The length of a window can move its first frame, but not before that of the file.
+        own_length = last or clip.start > 0
+        recipe = _window(clip, facts) | {
+            "size": [height, width],
+            "frames": frames if own_length else None,
+            "last": last,
+            "encoder": encoder_id,
+        }
+        entries.append(make_entry(store.root, "condition", clip.item.name, recipe, frames))
+    return fill("condition", entries, _clip_work(clips, facts, read_given, load_encoder), store)
+
+
+def cache_masks(
+    clips: Sequence[Clip],
+    facts: Mapping[Path, FileFacts],
+    strides: tuple[int, int],
+    store: Store,
+) -> tuple[Entries, CacheReport]:
+    """The loss weights (F, h, w) of each clip whose item has a mask, in the order of those clips.
+
+    `strides` are those of the latents, in time and in space. `facts` holds the masks too.
+    """
+    masks = [(clip, clip.item.mask) for clip in clips if clip.item.mask is not None]
+    entries = []
+    for clip, mask in masks:
+        recipe = _window(clip, facts) | {
+            "bucket": asdict(clip.bucket),
+            "mask": facts[mask].digest,
+            "strides": strides,
+        }
+        entries.append(make_entry(store.root, "mask", clip.item.name, recipe))
+
+    def read(clip: Clip) -> Tensor:
+        return read_mask(clip, *strides)
+
+    work = _clip_work([clip for clip, _ in masks], facts, read, lambda: lambda _, mask: mask)
+    return fill("mask", entries, work, store)
 
 
 def cache_text(
     prompts: Sequence[str],
-    encode: Callable[[list[str]], list[Tensor]],
+    make_encoder: Callable[[], Callable[[str], Tensor]],
     encoder_id: str,
-    root: Path,
-    progress: Progress,
-) -> tuple[dict[str, Path], CacheReport]:
-    """The entry of each different prompt, encoded if it is missing; "" is a prompt like others.
+    store: Store,
+) -> tuple[Entries, CacheReport]:
+    """The embedding (L, D) of each different prompt, in their first order; "" is one like others.
 
-    `encode` maps prompts to embeddings (L, D); the rest is as in `cache_latents`.
+    `make_encoder` loads what maps one prompt to its embedding: alone, since what is stored must not
+    depend on the prompts beside it. The rest is as in `cache_latents`.
     """
     unique = list(dict.fromkeys(prompts))
-    recipes = [_recipe({"encoder": encoder_id, "prompt": prompt}) for prompt in unique]
 
-    def encode_prompt(index: int) -> Tensor:
-        # One by one: what is stored must not depend on the prompts beside it in a batch.
-        (text,) = encode([unique[index]])
-        return text
+    def load_encoder() -> Encode:
+        encode = make_encoder()
+        return lambda index, _: encode(unique[index])
 
-    names = [f"the prompt {prompt!r}" for prompt in unique]
-    paths, report = _fill("text", names, recipes, encode_prompt, root, progress)
-    return dict(zip(unique, paths, strict=True)), report
-
-
-def load_latents(path: Path) -> Tensor:
-    """The latents (C, F, h, w) of an entry; `DataError` if it is missing, damaged or not finite."""
-    return _load(path, "latents")
-
-
-def load_text(path: Path) -> Tensor:
-    """The embedding (L, D) of an entry; `DataError` if it is missing, damaged or not finite."""
-    return _load(path, "text")
+    entries = [
+        make_entry(
+            store.root,
+            "text",
+            f"the prompt {prompt!r}",
+            {"prompt": prompt, "encoder": encoder_id},
+        )
+        for prompt in unique
+    ]
+    work = Work(lambda _: torch.empty(0), load_encoder, [None] * len(unique))
+    return fill("text", entries, work, replace(store, workers=0))
 
 
-def _recipe(parts: dict[str, object]) -> str:
-    return json.dumps(parts, sort_keys=True)
+def _window(clip: Clip, facts: Mapping[Path, FileFacts]) -> Recipe:
+    """The part of a recipe that says which frames of which file are read."""
+    return {
+        "file": facts[clip.item.path].digest,
+        "window": [float(clip.start), float(clip.fps), clip.policy],
+        "reader": READER,
+    }
 
 
-def _fill(
-    kind: EntryKind,
-    names: Sequence[str],
-    recipes: Sequence[str],
-    encode: Callable[[int], Tensor],
-    root: Path,
-    progress: Progress,
-) -> tuple[list[Path], CacheReport]:
-    """Encode what is missing or damaged among the entries of `recipes`, each once."""
-    paths = [_entry_path(root, kind, recipe) for recipe in recipes]
-    first = {path: index for index, path in reversed(list(enumerate(paths)))}
-    missing = sorted(i for path, i in first.items() if not _is_sound(path, kind, recipes[i]))
-    repaired = sum(paths[index].exists() for index in missing)
-    if missing:
-        for index in progress(missing, f"encoding {kind}"):
-            tensor = encode(index).detach().cpu().contiguous()
-            assert tensor.ndim == DIMENSIONS[kind], f"{kind} of shape {tuple(tensor.shape)}"
-            if not torch.isfinite(tensor).all():
+def _clip_work(
+    clips: Sequence[Clip],
+    facts: Mapping[Path, FileFacts],
+    read: Callable[[Clip], Tensor],
+    load_encoder: Callable[[], Encode],
+) -> Work:
+    stamps = {path: _stamp(path) for path in facts}
+
+    def decode(index: int) -> Tensor:
+        clip = clips[index]
+        decoded = read(clip)
+        for path in facts.keys() & {clip.item.path, clip.item.mask}:
+            if _stamp(path) != stamps[path] and _digest(path) != facts[path].digest:
                 raise DataError(
-                    f"{names[index]}: the encoder returned NaN or infinity and nothing was "
-                    "stored; run it in fp32 or bf16, or remove this item"
+                    f"{clip.item.name}: {path} has changed since this run began; start again, "
+                    "so that the new one is used"
                 )
-            write_file(paths[index], save({kind: tensor}, metadata={"recipe": recipes[index]}))
-    encoded = len(missing) - repaired
-    return paths, CacheReport(kind, len(paths) - len(missing), encoded, repaired)
+        return decoded
+
+    return Work(decode, load_encoder, [facts[clip.item.path].previous for clip in clips])
 
 
-def _entry_path(root: Path, kind: EntryKind, recipe: str) -> Path:
-    digest = hashlib.sha256(recipe.encode()).hexdigest()
-    return root / kind / digest[:2] / f"{digest}.safetensors"
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What changes with the file, as far as can be told without reading it."""
+    with suppress(OSError):
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns
 
 
-def _is_sound(path: Path, kind: EntryKind, recipe: str) -> bool:
-    """Whether an entry is complete and what its name says, by its header: the data is not read."""
-    try:
-        with safe_open(path, framework="pt") as entry:
-            shape = entry.get_slice(kind).get_shape()
-            return entry.metadata() == {"recipe": recipe} and len(shape) == DIMENSIONS[kind]
-    except (OSError, SafetensorError):
-        return False
-
-
-def _load(path: Path, kind: EntryKind) -> Tensor:
-    try:
-        tensor = load_file(path)[kind]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise DataError(f"cache entry {path}: cannot be read ({error}); {MEND}") from error
-    if not torch.isfinite(tensor).all():
-        raise DataError(f"cache entry {path}: holds NaN or infinity; {MEND}")
-    return tensor
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it is seen whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise DataError(
-            f"cannot write {path} ({error.strerror}); free some space, or set another cache folder"
-        ) from error
-
-
-def file_digests(paths: Sequence[Path], root: Path, progress: Progress) -> list[str]:
-    """The sha256 of each file's bytes; only files that changed in size or time are read again."""
-    names = [os.path.abspath(path) for path in paths]
-    stamps = {name: _stamp(name) for name in names}
-    known = _read_index(root / "files.json")
-    stale = [name for name, stamp in stamps.items() if known.get(name, ())[:2] != stamp]
-    if stale:
-        for index in progress(range(len(stale)), "hashing files"):
-            known[stale[index]] = (*stamps[stale[index]], _digest(stale[index]))
-        settled = time.time_ns() - FRESH_NS
-        index = {name: entry for name, entry in known.items() if entry[1] < settled}
-        write_file(root / "files.json", json.dumps(index, indent=0).encode())
-    return [known[name][2] for name in names]
-
-
-def _stamp(name: str) -> tuple[int, int]:
-    try:
-        status = os.stat(name)
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read ({error.strerror})") from error
-    return status.st_size, status.st_mtime_ns
-
-
-def _digest(name: str) -> str:
-    try:
-        with open(name, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read ({error.strerror})") from error
-
-
-def _read_index(path: Path) -> FileIndex:
-    """The stored digests; none if the index is missing or damaged: it is then made anew."""
-    try:
-        index = json.loads(path.read_bytes())
-        return {name: (int(s), int(t), str(digest)) for name, (s, t, digest) in index.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
+def _digest(path: Path) -> str | None:
+    with suppress(OSError), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,30 +1,40 @@
-"""Files become frames: what a video or an image holds, and the frames of a clip.
+"""Files become frames: what a video or an image holds, the frames of a clip, and its mask.
 
-Videos are decoded by decord; images, and GIFs, in which decord finds no duration, by Pillow.
+Videos are decoded by decord, which applies the rotation that phones write; images, and GIFs, in
+which decord finds no duration, by Pillow. Of an animated webp or png the first frame is used.
 """
 
+import io
 import shlex
+import struct
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 import decord
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageCms, ImageOps, ImageSequence
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from data.buckets import Clip
-from data.sources import DataError, Item, MediaInfo, raise_problems
+from data.sources import DataError, Kind, MediaInfo, kind_of, printable
 
+BACKGROUND = "white"  # behind what is transparent
 TIE_SECONDS = 1e-3  # mkv and webm round timestamps to milliseconds
 GIF_DEFAULT_MS = 100  # what browsers do with a GIF frame of no duration
 RATE_TOLERANCE = 0.02  # between a header's frame rate and the timestamps
-# What decord and Pillow raise for a damaged file.
+MASK_SHAPE_TOLERANCE = 0.02  # between the aspect ratios of a video and its mask
+BLACK = 0.02  # what a codec may leave of black
+TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+# What decord and Pillow raise for a file that they cannot read.
 UNREADABLE = (
     decord.DECORDError, RuntimeError, IndexError,
-    OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError,
+    OSError, SyntaxError, ValueError, EOFError, struct.error, *TOO_LARGE,
 )  # fmt: skip
 
 
@@ -37,24 +47,15 @@ class _Source:
     decode: Callable[[Sequence[int]], Iterable[Image.Image]]
 
 
-def probe(item: Item) -> MediaInfo:
-    """What the file holds. Decodes its first and last frame: `DataError` if it cannot be read."""
-    with _readable(item):
-        source = _open(item)
+def probe(path: Path, kind: Kind, name: str) -> MediaInfo:
+    """What the file holds. Decodes its first and last frame: `DataError` if it cannot be read.
+
+    `name` is for the message, which begins with it.
+    """
+    with _readable(path, kind, name):
+        source = _open(path, kind)
         first, _ = source.decode([0, len(source.times) - 1])
     return MediaInfo(len(source.times), source.fps, first.height, first.width)
-
-
-def probe_all(items: Sequence[Item]) -> list[MediaInfo]:
-    """What each file holds; one `DataError` names all that cannot be read."""
-    infos, problems = [], []
-    for item in items:
-        try:
-            infos.append(probe(item))
-        except DataError as problem:
-            problems.append(str(problem))
-    raise_problems("the dataset", problems)
-    return infos
 
 
 def read_clip(clip: Clip) -> Tensor:
@@ -62,9 +63,9 @@ def read_clip(clip: Clip) -> Tensor:
 
     Antialiased resize to cover the bucket, then the centre. `DataError` if the file cannot be read.
     """
-    size = (clip.bucket.width, clip.bucket.height)
-    with _readable(clip.item):
-        source = _open(clip.item)
+    item, size = clip.item, (clip.bucket.width, clip.bucket.height)
+    with _readable(item.path, item.kind, item.name):
+        source = _open(item.path, item.kind)
         frames = [
             np.asarray(ImageOps.fit(frame, size, Image.Resampling.BICUBIC))
             for frame in source.decode(frame_indices(source.times, clip))
@@ -72,32 +73,101 @@ def read_clip(clip: Clip) -> Tensor:
     return torch.from_numpy(np.stack(frames))
 
 
+def read_mask(clip: Clip, time_stride: int, space_stride: int) -> Tensor:
+    """How much of each latent of a clip is to be learned, float32 (F, h, w), from 0 = ignore to 1.
+
+    The luminance of the item's mask at the instants of the clip's frames, resized and cropped as
+    they are, averaged over the pixels that make a latent: `space_stride` squared, of the first
+    frame, then of `time_stride` frames each. `DataError` if it does not fit its video or is black.
+    """
+    item, size = clip.item, (clip.bucket.width, clip.bucket.height)
+    assert item.mask is not None, f"{item.name} has no mask"
+    name = f"{item.name}: its mask {printable(item.mask.name)}"
+    kind = kind_of(item.mask) or "image"
+    with _readable(item.path, item.kind, item.name):
+        source = _open(item.path, item.kind)
+        indices = frame_indices(source.times, clip)
+        (shown,) = source.decode(indices[:1])
+    with _readable(item.mask, kind, name):
+        mask = _open(item.mask, kind)
+        used = _nearest(mask.times, source.times[indices])
+        pictures = [frame.convert("L") for frame in mask.decode(used)]
+    _check_shape(name, pictures[0], shown)
+    _check_length(name, mask, float(source.times[indices[-1]]))
+    fitted = [np.asarray(ImageOps.fit(p, size, Image.Resampling.BILINEAR)) for p in pictures]
+    weights = _of_latents(torch.from_numpy(np.stack(fitted)) / 255, time_stride, space_stride)
+    if weights.max() < BLACK:
+        raise DataError(
+            f"{name} masks everything: it is black wherever it covers the clip (from "
+            f"{clip.start:g} s); paint white what is to be learned, or remove the mask"
+        )
+    return weights
+
+
 def frame_indices(times: np.ndarray, clip: Clip) -> list[int]:
-    """Which frames of a file, shown at `times` in seconds, make the clip."""
-    middles = (times[1:] + times[:-1]) / 2  # between two of them, one frame is the nearest
+    """Which frames of a file, shown at `times` in seconds, make the clip; none after its window."""
     steps = np.arange(clip.bucket.frames)
     if clip.policy == "keep":
-        first = int(np.searchsorted(middles, clip.start - TIE_SECONDS))
+        (first,) = _nearest(times, np.array([clip.start]))
         return (steps + min(first, len(times) - len(steps))).tolist()
-    # Halfway between two frames the earlier one is taken, whatever the rounding of timestamps.
-    return np.searchsorted(middles, clip.start + steps / clip.fps - TIE_SECONDS).tolist()
+    after = np.searchsorted(times, clip.start + len(steps) / clip.fps - TIE_SECONDS)
+    nearest = _nearest(times, clip.start + steps / clip.fps)
+    return np.minimum(nearest, max(int(after) - 1, 0)).tolist()
 
 
-def _open(item: Item) -> _Source:
-    if item.kind == "image":
-        with Image.open(item.path) as image:
-            picture = _flatten(ImageOps.exif_transpose(image))
+def _nearest(times: np.ndarray, instants: np.ndarray) -> list[int]:
+    """The frame nearest to each instant; halfway, and whatever the rounding, the earlier one."""
+    return np.searchsorted((times[1:] + times[:-1]) / 2, instants - TIE_SECONDS).tolist()
+
+
+def _check_shape(name: str, mask: Image.Image, shown: Image.Image) -> None:
+    ratio = mask.width * shown.height / (mask.height * shown.width)
+    if abs(ratio - 1) > MASK_SHAPE_TOLERANCE:
+        raise DataError(
+            f"{name} is {mask.height}x{mask.width} (height x width) and what it covers is "
+            f"{shown.height}x{shown.width}; give a mask of the same shape, in any size"
+        )
+
+
+def _check_length(name: str, mask: _Source, last: float) -> None:
+    if mask.fps and mask.times[-1] + 1 / mask.fps < last - TIE_SECONDS:
+        raise DataError(
+            f"{name} ends after {mask.times[-1] + 1 / mask.fps:.2f} s, and a frame at {last:.2f} s "
+            "is used of its video; give a mask as long as the video, or an image for all frames"
+        )
+
+
+def _of_latents(weights: Tensor, time_stride: int, space_stride: int) -> Tensor:
+    """Means (F, h, w) of the pixels (T, H, W) that make each latent."""
+    weights = avg_pool2d(weights[:, None], space_stride)[:, 0]  # (T, h, w)
+    groups = (len(weights) - 1) // time_stride
+    later = weights[1:].reshape(groups, time_stride, *weights.shape[1:])
+    return torch.cat([weights[:1], later.mean(dim=1)])
+
+
+def _open(path: Path, kind: Kind) -> _Source:
+    if kind == "image":
+        picture = _open_picture(path)
         return _Source(np.zeros(1), 0.0, lambda indices: [picture for _ in indices])
-    return _open_gif(item) if item.path.suffix.lower() == ".gif" else _open_video(item)
+    return _open_gif(path) if path.suffix.lower() == ".gif" else _open_video(path)
 
 
-def _open_video(item: Item) -> _Source:
+def _open_picture(path: Path) -> Image.Image:
+    with warnings.catch_warnings():
+        # Pillow warns above 89 million pixels. They would take a GB in each worker.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            return _flatten(image)
+
+
+def _open_video(path: Path) -> _Source:
     decord.logging.set_level(decord.logging.QUIET)  # our own error says it once, and in words
-    reader = decord.VideoReader(str(item.path), ctx=decord.cpu(0), num_threads=1)
+    reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
     shown = reader.get_frame_timestamp(range(len(reader)))  # (T, 2): from, to
     # The header's rate is exact, but wrong for a variable rate; the timestamps are rounded.
     fps, seconds = float(reader.get_avg_fps()), float(shown[-1, 1] - shown[0, 0])
-    if seconds > 0 and abs(fps * seconds / len(shown) - 1) > RATE_TOLERANCE:
+    if seconds > 0 and not abs(fps * seconds / len(shown) - 1) <= RATE_TOLERANCE:  # or NaN
         fps = len(shown) / seconds
 
     def decode(indices: Sequence[int]) -> Iterator[Image.Image]:
@@ -113,54 +183,93 @@ def _open_video(item: Item) -> _Source:
     return _Source(shown[:, 0] - shown[0, 0], fps, decode)
 
 
-def _open_gif(item: Item) -> _Source:
-    pictures, durations = [], []
-    with Image.open(item.path) as image:
-        for frame in ImageSequence.Iterator(image):
-            durations.append(frame.info.get("duration") or GIF_DEFAULT_MS)
-            pictures.append(_flatten(frame))
+def _open_gif(path: Path) -> _Source:
+    with Image.open(path) as image:
+        durations = [
+            frame.info.get("duration") or GIF_DEFAULT_MS for frame in ImageSequence.Iterator(image)
+        ]
+
+    def decode(indices: Sequence[int]) -> Iterator[Image.Image]:
+        with Image.open(path) as image:
+            for index, repeats in groupby(indices):
+                image.seek(index)
+                frame = _flatten(image)
+                yield from (frame for _ in repeats)
+
     times = (np.cumsum(durations) - durations) / 1000
-    fps = 1000 * len(durations) / float(sum(durations))
-    return _Source(times, fps, lambda indices: [pictures[i] for i in indices])
+    return _Source(times, 1000 * len(durations) / float(sum(durations)), decode)
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    """The picture in 8-bit RGB, on white where it is transparent."""
+    """The picture in 8-bit RGB, on `BACKGROUND` where it is transparent."""
+    if image.mode in ("I", "F"):
+        raise DataError(
+            f"holds 32 bits a pixel (mode {image.mode}), of which nothing says how many are white; "
+            "save it with 8 or 16 bits"
+        )
     if image.mode.startswith("I;16"):  # Pillow would clip the 16 bits of grey, not scale them
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "CMYK":
+        return _of_inks(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    image = image.convert("RGBA")
+    canvas = Image.new("RGB", image.size, BACKGROUND)
+    canvas.paste(image, mask=image)
+    return canvas
+
+
+def _of_inks(image: Image.Image) -> Image.Image:
+    """A CMYK picture in RGB, by its colour profile if it has one that works."""
+    profile = image.info.get("icc_profile")
+    if profile:
+        try:
+            converted = ImageCms.profileToProfile(
+                image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
+        except (ImageCms.PyCMSError, OSError):
+            return image.convert("RGB")
+        assert converted is not None  # only an inPlace conversion returns None
+        return converted
+    return image.convert("RGB")
 
 
 @contextmanager
-def _readable(item: Item) -> Iterator[None]:
+def _readable(path: Path, kind: Kind, name: str) -> Iterator[None]:
     """Turn what the decoders raise for a damaged file into a `DataError` with the mend."""
     try:
         yield
+    except DataError as problem:
+        raise DataError(f"{name}: {problem}") from problem
     except UNREADABLE as error:
-        raise DataError(f"{item.name}: {_found(item, error)}") from error
+        raise DataError(f"{name}: {_found(path, kind, error)}") from error
 
 
-def _found(item: Item, error: Exception) -> str:
+def _found(path: Path, kind: Kind, error: Exception) -> str:
     """What is wrong with a file that could not be decoded, and what to do."""
     try:
-        with item.path.open("rb") as file:
+        with path.open("rb") as file:
             head = file.read(256)
     except OSError as refused:
         return f"cannot be opened ({refused.strerror}); restore it, or remove it and its caption"
     if not head:
         return "is empty (0 bytes); copy it again, or remove it and its caption"
     if head.isascii() and b"\0" not in head:
-        return f"holds text ({head[:20].decode()!r}), no {item.kind}; replace it, or remove it"
+        return f"holds text ({head[:20].decode()!r}), no {kind}; replace it, or remove it"
+    quoted = shlex.quote(printable(str(path)))
+    if isinstance(error, TOO_LARGE):
+        limit = (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
+        return (
+            f"has more than {limit} million pixels; make it smaller with `ffmpeg -i {quoted} -vf "
+            "scale=4096:-1 fixed.png` and put the result in its place"
+        )
     if "cannot find video stream" in str(error):
         found = "holds no video stream that decord can decode (it has no AV1)"
     else:
         reason = " ".join(str(error).split("\n\n")[0].split())[-60:]
         found = f"is damaged or cut short (the decoder ends with: {reason})"
-    fixed = "fixed.mp4" if item.kind == "video" else "fixed.png"
+    fixed = "fixed.mp4" if kind == "video" else "fixed.png"
     return (
-        f"{found}; replace it, or re-encode what is left with `ffmpeg -i "
-        f"{shlex.quote(str(item.path))} {fixed}` and put the result in its place"
+        f"{found}; replace it, or re-encode what is left with `ffmpeg -i {quoted} {fixed}` and put "
+        "the result in its place"
     )

@@ -1,20 +1,24 @@
-"""A folder of videos and images with sidecar captions becomes a list of items."""
+"""Datasets become items: what each entry is, without opening a single video or image.
 
+One file or row that cannot be used is dropped with its reason; a source that cannot be used as a
+whole is a `DataError`.
+"""
+
+import difflib
 import hashlib
-import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 Kind = Literal["video", "image"]
+Split = Literal["train", "heldout"]
 
 KIND_OF_SUFFIX: dict[str, Kind] = {
     **dict.fromkeys((".mp4", ".mov", ".webm", ".mkv", ".gif", ".avi"), "video"),
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp"), "image"),
 }
-CAPTION_SUFFIX = ".txt"
 LISTED_PROBLEMS = 5  # an error that lists more than a screen is not read
 
 
@@ -23,13 +27,57 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
-class Item:
-    """One captioned file of a dataset; `name` is its path from the dataset's root, with "/"."""
+class Source:
+    """One dataset of a run: a folder, a .jsonl, .csv or .parquet list, or a saved HF dataset.
+
+    `key` is the config key that named it, for messages. The paths of a list are relative to `root`
+    (None: the list's own folder) and must stay inside it.
+    """
 
     path: Path
-    caption: str
+    key: str
+    root: Path | None = None
+    prefix: str = ""  # put before every caption, but not in a regularisation set
+    weight: float = 1.0  # visits of each of its items in an epoch; 0.5 = every second epoch
+    loss_weight: float = 1.0
+    regularisation: bool = False  # ordinary things: no trigger expected, never held out
+
+
+@dataclass(frozen=True)
+class Item:
+    """One entry of a dataset: all that is known of it without opening the file.
+
+    `name` is its path from the source's root, with "/" and printable, for messages.
+    """
+
+    path: Path
+    captions: tuple[str, ...]  # final prompts (prefix applied), not yet cleaned; at least one
     kind: Kind
     name: str
+    visits: float = 1.0  # the source's weight * repeats
+    loss_weight: float = 1.0
+    start: float | None = None  # seconds; only this part of the video is used
+    end: float | None = None
+    mask: Path | None = None  # image or video of the same shape: white = learn, black = ignore
+    split: Split | None = None  # from a column; None = not said
+    regularisation: bool = False
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What is not used and why: `reason` says what was found, what was expected, what to do."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a source holds: items (of folders by name, of lists in file order) and remarks."""
+
+    items: list[Item]
+    dropped: list[Dropped]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -56,105 +104,123 @@ def raise_problems(where: str, problems: Sequence[str]) -> None:
     raise DataError("\n".join(lines))
 
 
-def read_folder(root: Path, key: str) -> list[Item]:
-    """All videos and images under `root`, sorted by name, captioned by `<stem>.txt` (UTF-8) each.
+def kind_of(path: Path) -> Kind | None:
+    """What a file is by its suffix; None for neither video nor image."""
+    return KIND_OF_SUFFIX.get(path.suffix.lower())
 
-    `key` is the config key that named the folder. Hidden files and folders are ignored, and links
-    are followed. `DataError` unless every media file has exactly one caption and every caption
-    exactly one media file.
+
+def printable(text: str) -> str:
+    """Text that can be printed and encoded, whatever bytes a file name was made of."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """' (did you mean repeats?)' if `name` is none of `known` but looks like one, else ''."""
+    if name in known:
+        return ""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def read_source(source: Source, *, media: Path = Path("cache/media")) -> Reading:
+    """All items of a source. Nothing is written beside the data.
+
+    Videos and images that a Hugging Face dataset holds inside are written to `media`. `DataError`
+    if the source as a whole, or nothing of it, can be used.
     """
-    where = f"{key}={root}"
-    if not root.exists():
-        raise DataError(f"{where}: there is no such folder; give the folder that holds your videos")
-    if not root.is_dir():
-        raise DataError(f"{where}: this is a file; give the folder that holds your videos")
+    from data.folders import read_folder  # they need what is defined above
+    from data.manifests import read_tables
+    from data.tables import find_tables
 
-    media: dict[Path, list[Path]] = defaultdict(list)  # path without suffix -> files
-    captions: dict[Path, Path] = {}
-    for path in _visible_files(root):
-        suffix = path.suffix.lower()
-        if suffix in KIND_OF_SUFFIX:
-            media[path.with_suffix("")].append(path)
-        elif suffix == CAPTION_SUFFIX:
-            captions[path.with_suffix("")] = path
-    if not media:
-        raise DataError(f"{where}: holds no video or image ({' '.join(KIND_OF_SUFFIX)})")
-
-    items, problems = [], []
-    for stem in sorted(media.keys() | captions.keys()):
-        try:
-            items.append(_pair(root, media.get(stem, []), captions.get(stem)))
-        except DataError as problem:
-            problems.append(str(problem))
-    raise_problems(where, problems)
-    return sorted(items, key=lambda item: item.name)
+    where = f"{source.key}={source.path}"
+    if not source.path.exists():
+        raise DataError(
+            f"{where}: there is no such folder or file; give the folder that holds your videos"
+        )
+    tables = find_tables(source)
+    reading = read_tables(tables, source, media) if tables else read_folder(source)
+    if tables and source.path.is_dir() and any(source.path.rglob("*.txt")):
+        names = ", ".join(table.name for table in tables)
+        reading.notes.append(f"{names}: used in place of the captions in .txt files beside it")
+    if not reading.items:
+        raise_problems(where, [f"{lost.name}: {lost.reason}" for lost in reading.dropped])
+    return reading
 
 
-def _visible_files(root: Path) -> list[Path]:
-    """Every file below `root` that is not hidden; a folder linked to several times is read once."""
+def split_heldout(
+    items: Sequence[Item], fraction: float, groups: Sequence[str]
+) -> tuple[list[Item], list[Item]]:
+    """(training, held out), both in the order of `items`; no group is on both sides.
 
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
-
-    files, seen = [], {os.path.realpath(root)}
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
-        files += [Path(folder, name) for name in names if not name.startswith(".")]
-        visible = sorted(name for name in subfolders if not name.startswith("."))
-        subfolders.clear()  # os.walk descends into what is left in this list
-        for name in visible:
-            real = os.path.realpath(os.path.join(folder, name))
-            if real not in seen:
-                seen.add(real)
-                subfolders.append(name)
-    return files
-
-
-def _pair(root: Path, media: list[Path], caption: Path | None) -> Item:
-    """The item of one media file and its caption; `DataError` that says what keeps them apart."""
-    names = [path.relative_to(root).as_posix() for path in sorted(media)]
-    if caption and not media:
-        name = caption.relative_to(root).as_posix()
-        raise DataError(f"{name}: no video or image of this name; add it or remove the caption")
-    if len(media) > 1:
-        raise DataError(f"{', '.join(names)}: share one caption file; rename one of them")
-    (path,), (name,) = media, names
-    if not caption:
-        raise DataError(f"{name}: has no caption; write it to {path.with_suffix('.txt').name}")
-    return Item(path, _read_caption(caption, root), KIND_OF_SUFFIX[path.suffix.lower()], name)
-
-
-def _read_caption(path: Path, root: Path) -> str:
-    name = path.relative_to(root).as_posix()
-    try:
-        caption = path.read_text(encoding="utf-8-sig").strip()  # Windows editors write a BOM
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}: is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read ({error.strerror})") from error
-    if not caption:
-        raise DataError(f"{name}: is empty; write what is seen in the video")
-    return caption
-
-
-def split_heldout(items: Sequence[Item], fraction: float) -> tuple[list[Item], list[Item]]:
-    """(training, held out): about `fraction` of the items, drawn by their names, is held out.
-
-    An item keeps its side when others are added, but for the small sets where the draw must be
-    mended: of two or more items at least one is held out (unless `fraction` is 0), and never all.
+    `groups[i]` is what holds item i together with others: the sha256 of its file. A group goes
+    where one of its items says (`split`; a regularisation item says "train"), `DataError` if two
+    disagree. Of the others nothing is held out if any item says "heldout" or `fraction` is 0. Else
+    about `fraction` of the groups is, drawn by the smallest name in the group, so that an item
+    keeps its side when others are added: at least one group, and never all that could be trained.
     """
-    if fraction <= 0 or len(items) < 2:
-        return list(items), []
-    by_draw = sorted(items, key=_draw)
-    count = sum(_draw(item) < fraction for item in items)
-    count = min(max(count, 1), len(items) - 1)
-    heldout = {item.name for item in by_draw[:count]}
-    return (
-        [item for item in items if item.name not in heldout],
-        [item for item in items if item.name in heldout],
-    )
+    members: dict[str, list[Item]] = defaultdict(list)
+    for item, group in zip(items, groups, strict=True):
+        members[group].append(item)
+    said = {group: _said_split(together) for group, together in members.items()}
+    heldout = {group for group, split in said.items() if split == "heldout"}
+    if not heldout and fraction > 0:
+        draws = {group: _draw(members[group]) for group in members if said[group] is None}
+        always_trained = any(item.split == "train" and not item.regularisation for item in items)
+        most = len(draws) if always_trained else len(draws) - 1
+        count = min(max(sum(draw < fraction for draw in draws.values()), 1), most)
+        heldout = set(sorted(draws, key=lambda group: draws[group])[: max(count, 0)])
+    sides = [(item, group in heldout) for item, group in zip(items, groups, strict=True)]
+    return [item for item, held in sides if not held], [item for item, held in sides if held]
 
 
-def _draw(item: Item) -> float:
-    """A number in [0, 1) that depends on the item's name alone."""
-    digest = hashlib.sha256(os.fsencode(item.name)).digest()
+def _said_split(together: Sequence[Item]) -> Split | None:
+    """Where the items of one group are to go, None if no item says it."""
+    train = [item for item in together if item.regularisation or item.split == "train"]
+    heldout = [item for item in together if not item.regularisation and item.split == "heldout"]
+    if train and heldout:
+        what = "a regularisation item" if train[0].regularisation else "split=train"
+        raise DataError(
+            f"{train[0].name} ({what}) and {heldout[0].name} (split=heldout) are the same file, "
+            "which cannot be trained on and held out; give both the same split, or remove one"
+        )
+    return "train" if train else "heldout" if heldout else None
+
+
+def _draw(together: Sequence[Item]) -> float:
+    """A number in [0, 1) that depends on the smallest name alone."""
+    digest = hashlib.sha256(min(item.name for item in together).encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def read_name_list(path: Path, key: str, items: Sequence[Item]) -> set[str]:
+    """The names of items that a text file lists: one on a line, with or without its suffix.
+
+    Blank lines and lines that start with # are ignored. `key` is the config key that named the
+    file. `DataError` for a name that no item has.
+    """
+    where = f"{key}={path}"
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise DataError(
+            f"{where}: cannot be read ({error.strerror}); give a text file with one name on a line"
+        ) from error
+    names: dict[str, set[str]] = defaultdict(set)  # as it may be written -> as items are called
+    for item in items:
+        names[item.name].add(item.name)
+        names[PurePosixPath(item.name).with_suffix("").as_posix()].add(item.name)
+    wanted = [line.strip() for line in lines]
+    wanted = [line for line in wanted if line and not line.startswith("#")]
+    unknown = [name for name in wanted if name not in names]
+    near = [did_you_mean(name, names) for name in unknown[:LISTED_PROBLEMS]]  # slow for all
+    near += [""] * (len(unknown) - len(near))
+    raise_problems(
+        where,
+        [
+            f"{name!r}: no item has this name{hint}"
+            for name, hint in zip(unknown, near, strict=True)
+        ],
+    )
+    return {name for line in wanted for name in names[line]}

@@ -1,14 +1,15 @@
-"""The cache encodes what is missing, nothing else, and never trusts a damaged entry."""
+"""The cache encodes what is missing and nothing else, and says why."""
 
+import json
 import os
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from cache_examples import Encoder, fill, image_clip, image_clips, look, store_at, video_clip
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,223 +17,296 @@ from torch import Tensor
 from data.buckets import Bucket, Clip
 from data.cache import (
     CacheReport,
+    Store,
+    cache_conditions,
     cache_latents,
+    cache_masks,
     cache_text,
-    file_digests,
-    load_latents,
-    load_text,
 )
-from data.sources import DataError, Item
-
-
-def silent(indices: Iterable[int], _label: str) -> Iterable[int]:
-    return indices
-
-
-class Encoder:
-    """Counts what it is asked for; latents (1, T, H, W) are the brightness of the frames."""
-
-    def __init__(self) -> None:
-        self.frames: list[Tensor] = []
-        self.prompts: list[str] = []
-
-    def latents(self, frames: Tensor) -> Tensor:
-        self.frames.append(frames)
-        return frames.float().mean(dim=-1)[None]
-
-    def text(self, prompts: list[str]) -> list[Tensor]:
-        self.prompts += prompts
-        return [torch.full((len(prompt) + 1, 2), 1.0) for prompt in prompts]
-
-
-def write_image(folder: Path, name: str, colour: int) -> Clip:
-    Image.new("RGB", (32, 16), (colour,) * 3).save(folder / name)
-    item = Item(folder / name, "a caption", "image", name)
-    return Clip(item, Bucket(1, 16, 32), 0, 0, "keep")
+from data.sources import DataError
 
 
 @pytest.fixture
 def clips(tmp_path: Path) -> list[Clip]:
-    (tmp_path / "media").mkdir()
-    return [write_image(tmp_path / "media", f"{i}.png", 40 * i) for i in range(3)]
+    return image_clips(tmp_path / "media", 3)
 
 
-def fill(clips: Sequence[Clip], root: Path, encoder_id: str = "vae") -> tuple[int, CacheReport]:
-    """How many clips were encoded, by the encoder's own count, and the report."""
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return store_at(tmp_path / "cache")
+
+
+def rewrite(clip: Clip, colour: int) -> None:
+    """Other bytes, and a time that says so."""
+    image_clip(clip.item.path.parent, clip.item.name, colour)
+    later = time.time_ns() + 10**12
+    os.utime(clip.item.path, ns=(later, later))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_second_run_encodes_nothing(clips: list[Clip], tmp_path: Path, workers: int) -> None:
+    store = store_at(tmp_path / "cache", workers)
+    assert fill(clips, store) == (3, CacheReport("latents", 3, 0, {"new": 3}))
+    assert fill(clips, store) == (0, CacheReport("latents", 3, 3))
+
+
+def test_report_says_what_was_done_and_why() -> None:
+    report = CacheReport("latents", 27, 24, {"new": 2, "whose file changed": 1})
+    assert report.lines() == ["latents: 24 reused, 3 encoded", "  2 new", "  1 whose file changed"]
+    report = CacheReport("text", 26, 0, {"new": 26}, elsewhere=14)
+    assert report.lines()[0] == "text: 0 reused, 26 encoded (12 here, 14 by other processes)"
+
+
+def test_the_model_is_loaded_once_and_only_for_something(clips: list[Clip], store: Store) -> None:
     encoder = Encoder()
-    paths, report = cache_latents(clips, encoder.latents, encoder_id, root, silent)
-    for clip, path in zip(clips, paths, strict=True):
-        brightness = float(np.asarray(Image.open(clip.item.path)).mean())
-        assert torch.equal(load_latents(path), torch.full((1, 1, 16, 32), brightness))
-    return len(encoder.frames), report
+    facts = look(clips, store.root)
+    cache_latents(clips, facts, encoder.load, "vae", store)
+    assert encoder.loaded == 1
+    cache_latents(clips, facts, encoder.load, "vae", store)
+    assert encoder.loaded == 1
 
 
-def test_second_run_encodes_nothing(clips: list[Clip], tmp_path: Path) -> None:
-    root = tmp_path / "cache"
-    assert fill(clips, root) == (3, CacheReport("latents", reused=0, encoded=3, repaired=0))
-    assert fill(clips, root) == (0, CacheReport("latents", reused=3, encoded=0, repaired=0))
+def test_frames_arrive_whole_and_latents_keep_their_dtype(clips: list[Clip], store: Store) -> None:
+    seen = []
 
-
-def test_report_is_a_sentence() -> None:
-    assert CacheReport("latents", 3, 24, 0).sentence() == "latents: 24 encoded, 3 reused"
-    assert CacheReport("text", 3, 0, 2).sentence() == (
-        "text: 0 encoded, 3 reused, 2 damaged and encoded again"
-    )
-
-
-def test_frames_arrive_whole_and_latents_keep_their_dtype(
-    clips: list[Clip], tmp_path: Path
-) -> None:
     def encode(frames: Tensor) -> Tensor:
-        assert frames.dtype == torch.uint8
-        assert frames.shape == (1, 16, 32, 3)
+        seen.append((frames.dtype, tuple(frames.shape)))
         # Not contiguous, as a permuted output of an encoder may be.
         return torch.rand(2, 4, 1, 3, dtype=torch.bfloat16).permute(3, 2, 1, 0)
 
-    paths, _ = cache_latents(clips[:1], encode, "vae", tmp_path / "cache", silent)
-    latents = load_latents(paths[0])
-    assert (latents.dtype, latents.shape) == (torch.bfloat16, (3, 1, 4, 2))
-
-
-def test_changed_bytes_are_encoded_again_and_only_they(clips: list[Clip], tmp_path: Path) -> None:
-    changed, now = clips[1].item.path, time.time_ns() + 10**12
-    os.utime(changed, ns=(now, now))
-    fill(clips, tmp_path / "cache")
-    size = changed.stat().st_size
-    write_image(changed.parent, changed.name, 41)
-    os.utime(changed, ns=(now, now))
-    # Size and time tell nothing, as when a file is written twice within a tick of the clock.
-    assert changed.stat().st_size == size
-    assert fill(clips, tmp_path / "cache")[0] == 1
-
-
-def test_content_counts_not_name_place_or_time(clips: list[Clip], tmp_path: Path) -> None:
-    root = tmp_path / "cache"
-    fill(clips, root)
-    clips[0].item.path.rename(tmp_path / "moved.png")
-    os.utime(tmp_path / "moved.png", (1, 1))
-    moved = replace(clips[0], item=replace(clips[0].item, path=tmp_path / "moved.png"))
-    assert fill([moved], root)[0] == 0
-    root.rename(tmp_path / "copied")
-    (tmp_path / "copied" / "files.json").unlink()
-    assert fill([moved, *clips[1:]], tmp_path / "copied")[0] == 0
-
-
-def test_same_file_twice_is_encoded_once(clips: list[Clip], tmp_path: Path) -> None:
-    assert fill([clips[0], clips[0]], tmp_path / "cache") == (
-        1,
-        CacheReport("latents", reused=1, encoded=1, repaired=0),
+    entries, _ = cache_latents(
+        clips[:1], look(clips, store.root), lambda: encode, "vae", replace(store, workers=1)
     )
+    assert seen == [(torch.uint8, (1, 16, 32, 3))]
+    assert (entries.read(0).dtype, entries.read(0).shape) == (torch.bfloat16, (3, 1, 4, 2))
 
 
-def test_everything_in_the_recipe_makes_another_entry(clips: list[Clip], tmp_path: Path) -> None:
-    root, clip = tmp_path / "cache", clips[0]
-    others = [
-        replace(clip, bucket=Bucket(1, 16, 16)),
-        replace(clip, start=0.5),
-        replace(clip, fps=8),
-        replace(clip, policy="resample", fps=8),
-    ]
-    encoder = Encoder()
-    paths, _ = cache_latents([clip, *others], encoder.latents, "vae", root, silent)
-    assert len(set(paths)) == len(encoder.frames) == 5
-    assert fill([clip], root, "another vae")[0] == 1
-    assert fill([clip], root, "vae")[0] == 0
+def test_changed_file_is_encoded_again_alone(clips: list[Clip], store: Store) -> None:
+    fill(clips, store)
+    rewrite(clips[1], 123)
+    assert fill(clips, store) == (1, CacheReport("latents", 3, 2, {"whose file changed": 1}))
 
 
-@pytest.mark.parametrize("size", [0, 5, 60, 500])
-def test_truncated_entry_is_repaired(clips: list[Clip], tmp_path: Path, size: int) -> None:
-    paths, _ = cache_latents(clips, Encoder().latents, "vae", tmp_path / "cache", silent)
-    paths[1].write_bytes(paths[1].read_bytes()[:size])
-    with pytest.raises(DataError, match=f"{paths[1].name}: cannot be read.*delete this file"):
-        load_latents(paths[1])
-    assert fill(clips, tmp_path / "cache") == (1, CacheReport("latents", 2, 0, repaired=1))
+def test_changed_file_that_was_never_encoded_is_new(clips: list[Clip], store: Store) -> None:
+    look(clips, store.root)
+    rewrite(clips[1], 123)
+    assert fill(clips, store)[1].reasons == {"new": 3}
 
 
-def test_entry_under_a_wrong_name_is_repaired(clips: list[Clip], tmp_path: Path) -> None:
-    paths, _ = cache_latents(clips, Encoder().latents, "vae", tmp_path / "cache", silent)
-    paths[1].write_bytes(paths[0].read_bytes())
-    assert fill(clips, tmp_path / "cache")[1].repaired == 1
+def test_content_counts_not_name_place_or_time(clips: list[Clip], store: Store) -> None:
+    fill(clips, store)
+    moved = clips[0].item.path.rename(store.root.parent / "moved.png")
+    os.utime(moved, (1, 1))
+    clips[0] = replace(clips[0], item=replace(clips[0].item, path=moved))
+    assert fill(clips, store)[0] == 0
 
 
-def test_nan_is_refused_when_encoded_and_when_read(clips: list[Clip], tmp_path: Path) -> None:
-    def encode(frames: Tensor) -> Tensor:
-        return torch.full((1, 1, 2, 2), float("nan") if frames.max() == 80 else 0.0)
-
-    with pytest.raises(DataError, match=r"2\.png: the encoder returned NaN"):
-        cache_latents(clips, encode, "vae", tmp_path / "cache", silent)
-    paths, report = cache_latents(clips[:2], encode, "vae", tmp_path / "cache", silent)
-    assert report.reused == 2, "what was encoded before the failure is kept"
-    save_file({"latents": torch.full((1, 1, 2, 2), float("inf"))}, paths[0])
-    with pytest.raises(DataError, match=f"{paths[0].name}: holds NaN or infinity; delete"):
-        load_latents(paths[0])
+def test_copied_folder_is_read_without_encoding(clips: list[Clip], store: Store) -> None:
+    fill(clips, store)
+    copied = store_at(store.root.rename(store.root.parent / "copied"), encode=False)
+    assert fill(clips, copied)[0] == 0
+    (copied.root / "files.json").unlink()
+    assert fill(clips, copied)[0] == 0
 
 
-def test_missing_entry_and_missing_file_are_named(clips: list[Clip], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none\.safetensors: cannot be read"):
-        load_text(tmp_path / "none.safetensors")
-    clips[1].item.path.unlink()
-    with pytest.raises(DataError, match=r"1\.png: cannot be read"):
-        fill(clips, tmp_path / "cache")
-
-
-def test_nothing_is_left_beside_the_entries(clips: list[Clip], tmp_path: Path) -> None:
-    fill(clips, tmp_path / "cache")
-    names = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()}
-    assert len(names) == 4
-    assert {Path(name).suffix for name in names} == {".safetensors", ".json"}
-
-
-def test_folder_that_cannot_be_written_is_named(clips: list[Clip], tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("a file in the place of the folder")
-    with pytest.raises(DataError, match=r"cannot write .*set another cache folder"):
-        fill(clips, tmp_path / "cache")
+def test_same_file_twice_is_encoded_once(clips: list[Clip], store: Store) -> None:
+    assert fill([clips[0]] * 2, store) == (1, CacheReport("latents", 2, 1, {"new": 1}))
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"a": 1}', '{"a": [1, 2]}', '{"a": [1, null, 3]}']
+    "changes",
+    [{"bucket": Bucket(1, 16, 16)}, {"start": 0.5}, {"fps": 8}, {"policy": "resample", "fps": 8}],
 )
-def test_damaged_file_index_is_made_anew(clips: list[Clip], tmp_path: Path, content: str) -> None:
-    root = tmp_path / "cache"
-    for clip in clips:
-        os.utime(clip.item.path, (1, 1))
-    fill(clips, root)
-    good = (root / "files.json").read_bytes()
-    (root / "files.json").write_text(content)
-    assert fill(clips, root)[0] == 0
-    assert (root / "files.json").read_bytes() == good
+def test_another_window_or_shape_makes_another_entry(
+    clips: list[Clip], store: Store, changes: dict
+) -> None:
+    fill(clips, store)
+    other = replace(clips[0], **changes)
+    assert fill([other], store)[1].reasons == {"with other frames or size": 1}
+    assert fill([*clips, other], store)[0] == 0
 
 
-def test_unchanged_files_are_not_read_again(tmp_path: Path) -> None:
-    old = tmp_path / "old.mp4"
-    old.write_bytes(b"one")
-    os.utime(old, ns=(10**18, 10**18))
-    hashed: list[int] = []
-
-    def count(indices: Iterable[int], _label: str) -> Iterable[int]:
-        hashed.extend(indices)
-        return indices
-
-    first = file_digests([old], tmp_path / "cache", count)
-    assert file_digests([old], tmp_path / "cache", count) == first
-    assert len(hashed) == 1
-    old.write_bytes(b"two")  # the same size, but a time of its own
-    assert file_digests([old], tmp_path / "cache", count) != first
-    assert len(hashed) == 2
+def test_another_encoder_makes_other_entries(clips: list[Clip], store: Store) -> None:
+    fill(clips, store)
+    assert fill(clips, store, "bf16")[1].reasons == {"made by another VAE or dtype": 3}
+    assert fill(clips, store)[0] == 0
 
 
-def test_edited_caption_encodes_only_that_text(tmp_path: Path) -> None:
+def test_the_nearest_entry_gives_the_reason(clips: list[Clip], store: Store) -> None:
+    fill([replace(clips[0], bucket=Bucket(1, 16, 16))], store, "bf16")
+    fill([clips[0]], store, "bf16")
+    assert fill([clips[0]], store)[1].reasons == {"made by another VAE or dtype": 1}
+    rewrite(clips[0], 200)
+    assert fill([clips[0]], store, "third")[1].reasons == {"whose file changed": 1}
+
+
+def test_entries_of_the_first_format_are_made_again(clips: list[Clip], store: Store) -> None:
+    digest = look(clips, store.root)[clips[0].item.path].digest
+    recipe = {
+        "encoder": "vae",
+        "file": digest,
+        "window": [0.0, 0.0, "keep"],
+        "bucket": asdict(clips[0].bucket),
+        "reader": 1,
+    }
+    (store.root / "latents" / "ab").mkdir(parents=True)
+    save_file(
+        {"latents": torch.zeros(1, 1, 16, 32)},
+        store.root / "latents" / "ab" / "old.safetensors",
+        {"recipe": json.dumps(recipe)},
+    )
+    expected = {"in an older cache format": 1, "new": 2}
+    assert fill(clips, store) == (3, CacheReport("latents", 3, 0, expected))
+
+
+def test_nothing_is_encoded_when_that_is_not_wanted(clips: list[Clip], store: Store) -> None:
+    fill(clips[:2], store)
+    rewrite(clips[0], 200)
+    with pytest.raises(
+        DataError, match=r"2 of 3 .*latents.* \(1 whose file changed, 1 new\).*0\.png.*tools\.cache"
+    ):
+        fill(clips, replace(store, encode=False))
+
+
+def test_nan_is_refused_and_what_was_made_before_is_kept(clips: list[Clip], store: Store) -> None:
+    def encode(frames: Tensor) -> Tensor:
+        return torch.full((1, 1, 2, 2), float("nan") if frames.max() == 20 else 0.0)
+
+    facts = look(clips, store.root)
+    with pytest.raises(DataError, match=r"2\.png: the encoder returned NaN"):
+        cache_latents(clips, facts, lambda: encode, "vae", store)
+    report = cache_latents(clips[:2], facts, lambda: encode, "vae", store)[1]
+    assert report.reused == 2
+
+
+def test_file_that_changes_after_it_was_looked_at_is_refused(
+    clips: list[Clip], store: Store
+) -> None:
+    facts = look(clips, store.root)
+
+    def load() -> Callable[[Tensor], Tensor]:
+        os.utime(clips[1].item.path, (1, 1))  # only touched
+        rewrite(clips[2], 200)
+        return Encoder().load()
+
+    with pytest.raises(DataError, match=r"2\.png has changed since this run began; start again"):
+        cache_latents(clips, facts, load, "vae", store)
+    assert fill(clips, store)[0] == 1
+
+
+def test_nothing_is_left_beside_the_entries(clips: list[Clip], store: Store) -> None:
+    fill(clips, replace(store, workers=2))
+    files = [path for path in store.root.rglob("*") if path.is_file()]
+    assert sorted(path.suffix for path in files) == [".json", *[".safetensors"] * 3]
+
+
+def test_partial_files_of_the_dead_are_removed(clips: list[Clip], store: Store) -> None:
+    folder = store.root / "latents" / "ab"
+    folder.mkdir(parents=True)
+    old, young = folder / ".a.safetensors.123", folder / ".b.safetensors.124"
+    old.write_bytes(b"half")
+    young.write_bytes(b"half")
+    yesterday = time.time() - 90_000
+    os.utime(old, (yesterday, yesterday))
+    fill(clips, store)
+    assert (old.exists(), young.exists()) == (False, True)
+
+
+def test_edited_caption_encodes_only_that_text(store: Store) -> None:
     encoder = Encoder()
     prompts = ["a red ball", "", "a 🎈", "a red ball"]
-    paths, report = cache_text(prompts, encoder.text, "umt5", tmp_path, silent)
-    assert report == CacheReport("text", reused=0, encoded=3, repaired=0)
-    assert list(paths) == encoder.prompts == ["a red ball", "", "a 🎈"]
-    assert load_text(paths[""]).shape == (1, 2)
-    assert load_text(paths["a red ball"]).shape == (11, 2)
+    first, report = cache_text(prompts, encoder.load_text, "umt5", store)
+    assert report == CacheReport("text", 3, 0, {"new": 3})
+    assert encoder.prompts == ["a red ball", "", "a 🎈"]
+    assert [first.read(index).shape for index in range(3)] == [(11, 2), (1, 2), (4, 2)]
 
     prompts[2] = "a balloon"
-    again, report = cache_text(prompts, encoder.text, "umt5", tmp_path, silent)
+    again, report = cache_text(prompts, encoder.load_text, "umt5", store)
     assert encoder.prompts[3:] == ["a balloon"]
-    assert report == CacheReport("text", reused=2, encoded=1, repaired=0)
-    assert again[""] == paths[""]
-    assert cache_text([""], encoder.text, "another", tmp_path, silent)[1].encoded == 1
+    assert report == CacheReport("text", 3, 2, {"new": 1})
+    assert again.paths[:2] == first.paths[:2]
+    report = cache_text([""], encoder.load_text, "another", store)[1]
+    assert report.reasons == {"made by another text encoder": 1}
+
+
+class ConditionEncoder:
+    """Y (1, F, 1, 2): the brightness of the first and of the last given frame, plus the place."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int]] = []  # given frames, T
+
+    def load(self) -> "ConditionEncoder":
+        return self
+
+    def __call__(self, given: Tensor, frames: int) -> Tensor:
+        self.calls.append((len(given), frames))
+        ends = given[[0, -1], 0, 0, 0].float()
+        places = torch.arange((frames - 1) // 4 + 1).float()
+        return (ends[None] + places[:, None])[None, :, None]
+
+
+def test_condition_is_encoded_at_the_longest_length(tmp_path: Path, store: Store) -> None:
+    long = video_clip(tmp_path / "a.gif", 9, range(100, 109))
+    short = replace(long, bucket=Bucket(5, 16, 32))
+    clips, encoder = [short, long, short], ConditionEncoder()
+    facts = look(clips, store.root)
+    entries, report = cache_conditions(clips, facts, encoder.load, "vae", store)
+    assert encoder.calls == [(1, 9)]
+    assert report == CacheReport("condition", 3, 2, {"new": 1})
+    assert entries.read(1).tolist() == [[[[100, 100]], [[101, 101]], [[102, 102]]]]
+    assert torch.equal(entries.read(0), entries.read(1)[:, :2])
+
+
+def test_condition_is_encoded_again_only_for_a_longer_clip(tmp_path: Path, store: Store) -> None:
+    clips = [video_clip(tmp_path / "a.gif", frames, range(100, 109)) for frames in (5, 9, 5, 1)]
+    facts, encoder = look(clips, store.root), ConditionEncoder()
+    reasons = []
+    for clip in clips:
+        entries, report = cache_conditions([clip], facts, encoder.load, "vae", store)
+        assert entries.read(0).shape[1] == (clip.bucket.frames - 1) // 4 + 1
+        reasons.append(report.reasons)
+    assert encoder.calls == [(1, 5), (1, 9)]
+    assert reasons == [{"new": 1}, {"with other frames or size": 1}, {}, {}]
+
+
+def test_condition_of_a_later_window_has_an_entry_for_each_length(
+    tmp_path: Path, store: Store
+) -> None:
+    long = video_clip(tmp_path / "a.gif", 9, range(100, 111))
+    clips = [replace(long, bucket=Bucket(n, 16, 32), start=0.2) for n in (5, 9)]
+    encoder = ConditionEncoder()
+    cache_conditions(clips, look(clips, store.root), encoder.load, "vae", store)
+    assert encoder.calls == [(1, 5), (1, 9)]
+
+
+def test_condition_with_the_last_frame_has_an_entry_for_each_length(
+    tmp_path: Path, store: Store
+) -> None:
+    long = video_clip(tmp_path / "a.gif", 9, range(100, 109))
+    clips = [replace(long, bucket=Bucket(5, 16, 32)), long]
+    encoder = ConditionEncoder()
+    entries, _ = cache_conditions(
+        clips, look(clips, store.root), encoder.load, "vae", store, last=True
+    )
+    assert encoder.calls == [(2, 5), (2, 9)]
+    assert entries.read(0)[0, 0].tolist() == [[100, 104]]
+    assert entries.read(1)[0, 0].tolist() == [[100, 108]]
+
+
+def test_mask_is_that_of_the_clips_that_have_one(
+    clips: list[Clip], store: Store, tmp_path: Path
+) -> None:
+    mask = Image.new("L", (32, 16), 0)
+    mask.paste(255, (16, 0, 32, 16))
+    mask.save(tmp_path / "mask.png")
+    clips[1] = replace(clips[1], item=replace(clips[1].item, mask=tmp_path / "mask.png"))
+    entries, report = cache_masks(clips, look(clips, store.root), (4, 8), store)
+    assert report == CacheReport("mask", 1, 0, {"new": 1})
+    assert entries.read(0).tolist() == [[[0, 0, 1, 1], [0, 0, 1, 1]]]
+
+    mask.paste(255, (0, 0, 32, 16))
+    mask.save(tmp_path / "mask.png")
+    entries, report = cache_masks(clips, look(clips, store.root), (4, 8), store)
+    assert report.reasons == {"whose mask changed": 1}
+    assert entries.read(0).unique().tolist() == [1]
+    assert cache_masks(clips[:1], look(clips, store.root), (4, 8), store)[1].total == 0
