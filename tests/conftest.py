@@ -7,9 +7,12 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from wan.variants import VARIANTS, VaeFacts, Variant
 
 SPECIAL_TOKENS = ["<pad>", "</s>", "<unk>"]  # ids 0 and 1 as in UMT5
 TEXT_DIM = 32
@@ -33,6 +36,73 @@ def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     pipeline.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def toy_t2v_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of `t2v_a14b` with small random weights: read it, never write."""
+    return save_small_model(tmp_path_factory.mktemp("toy_t2v_model"), VARIANTS["t2v_a14b"])
+
+
+@pytest.fixture(scope="session")
+def toy_i2v_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of `i2v_a14b`."""
+    return save_small_model(tmp_path_factory.mktemp("toy_i2v_model"), VARIANTS["i2v_a14b"])
+
+
+@pytest.fixture(scope="session")
+def toy_ti2v_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of `ti2v_5b`: one transformer and the VAE 2.2."""
+    return save_small_model(tmp_path_factory.mktemp("toy_ti2v_model"), VARIANTS["ti2v_5b"])
+
+
+def save_small_model(path: Path, variant: Variant) -> Path:
+    """A real variant's channels, VAE and boundary at toy width, as its diffusers repository is."""
+    kind = WanImageToVideoPipeline if variant.conditioning == "channels" else WanPipeline
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        pipeline = kind(
+            tokenizer=toy_tokenizer(),  # pyright: ignore[reportArgumentType]
+            text_encoder=toy_text_encoder(),
+            vae=small_vae(variant.vae),
+            scheduler=toy_scheduler(),  # pyright: ignore[reportArgumentType]
+            transformer=small_transformer(variant),
+            transformer_2=small_transformer(variant) if len(variant.experts) == 2 else None,
+            boundary_ratio=variant.boundary,
+            expand_timesteps=variant.conditioning == "first_frame",
+        )
+    pipeline.save_pretrained(path)
+    return path
+
+
+def small_transformer(variant: Variant) -> WanTransformer3DModel:
+    """Two heads of 128 as in every Wan, so that its settings can be told from its shapes."""
+    return WanTransformer3DModel(
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=128,
+        in_channels=variant.in_channels,
+        out_channels=variant.geometry.channels,
+        ffn_dim=512,
+        freq_dim=32,
+        text_dim=TEXT_DIM,
+    )
+
+
+def small_vae(facts: VaeFacts) -> AutoencoderKLWan:
+    """The VAE of these facts with few channels."""
+    return AutoencoderKLWan(
+        base_dim=4,
+        decoder_base_dim=8 if facts.decoder_base_dim else None,
+        z_dim=facts.z_dim,
+        is_residual=facts.is_residual,
+        in_channels=facts.pixel_channels,
+        out_channels=facts.pixel_channels,
+        patch_size=facts.patch_size,
+        scale_factor_spatial=16 if facts.patch_size else 8,
+        latents_mean=list(facts.latents_mean),
+        latents_std=list(facts.latents_std),
+    )
 
 
 def toy_scheduler() -> UniPCMultistepScheduler:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from adapter_examples import predict, tiny_transformer
+from adapter_examples import predict, random_state, tiny_transformer
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
@@ -9,9 +9,12 @@ from wan.lora import (
     adapter_layers,
     adapter_parameters,
     adapter_state,
+    adapter_strengths,
     attach,
     delta_norms,
+    load_adapter,
     load_adapter_state,
+    set_strengths,
     target_modules,
     without_adapter,
 )
@@ -244,3 +247,115 @@ def test_the_key_map_is_one_to_one_and_complete() -> None:
     }
     assert linears == set(BLOCK_LINEARS)
     assert len(set(BLOCK_LINEARS.values())) == len(BLOCK_LINEARS) == 10
+
+
+def merged(*adapters: tuple[dict[str, Tensor], float]) -> WanTransformer3DModel:
+    """The base with the products of states, times their strengths, in its weights."""
+    transformer = tiny_transformer()
+    with torch.no_grad():
+        for state, strength in adapters:
+            for module in {key.rpartition(".lora_")[0] for key in state}:
+                weight = transformer.get_submodule(module).weight
+                weight += scaled_product(state, module, strength)
+    return transformer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_adapter_at_0_is_the_base_and_at_1_as_trained(dtype: torch.dtype) -> None:
+    trained = adapted(alpha=3.0, dtype=dtype)
+    randomise(trained)
+    transformer = tiny_transformer().to(dtype)
+    base = predict(transformer)
+    load_adapter(transformer, adapter_state(trained), "fox")
+    assert adapter_strengths(transformer) == {"fox": 1.0}
+    assert torch.equal(predict(transformer), predict(trained))
+    set_strengths(transformer, {"fox": 0.0})
+    assert torch.equal(predict(transformer), base)
+    set_strengths(transformer, {"fox": 1.0})
+    assert torch.equal(predict(transformer), predict(trained))
+    set_strengths(transformer, {})
+    assert torch.equal(predict(transformer), base)
+    assert not any(p.requires_grad for n, p in transformer.named_parameters() if ".lora_" in n)
+
+
+@pytest.mark.parametrize("strength", [0.5, -0.7, 1.5])
+def test_a_strength_scales_the_change_of_the_weights(strength: float) -> None:
+    state, transformer = random_state(1), tiny_transformer()
+    load_adapter(transformer, state, "fox")
+    set_strengths(transformer, {"fox": strength})
+    expected = predict(merged((state, strength)))
+    torch.testing.assert_close(predict(transformer), expected, rtol=1e-4, atol=1e-5)
+    assert adapter_strengths(transformer)["fox"] == pytest.approx(strength)
+
+
+def test_several_adapters_add_up_each_with_its_strength() -> None:
+    fox, owl, transformer = random_state(1), random_state(2, preset="attention"), tiny_transformer()
+    thin = {key: tensor[:, :1] if "_B" in key else tensor[:1] for key, tensor in owl.items()}
+    thin |= {key: tensor for key, tensor in owl.items() if "to_q" in key}  # ranks may differ
+    load_adapter(transformer, fox, "fox")
+    set_strengths(transformer, {"fox": 0.5})
+    load_adapter(transformer, owl, "owl")
+    load_adapter(transformer, thin, "thin")
+    assert adapter_strengths(transformer) == {"fox": 0.5, "owl": 1.0, "thin": 1.0}
+    for strengths in ({"fox": 0.5, "owl": 1.0, "thin": 1.0}, {"owl": -0.25, "fox": 0.8}):
+        set_strengths(transformer, strengths)
+        states = {"fox": fox, "owl": owl, "thin": thin}
+        expected = predict(merged(*((states[name], s) for name, s in strengths.items())))
+        torch.testing.assert_close(predict(transformer), expected, rtol=1e-4, atol=1e-5)
+    with without_adapter(transformer):
+        assert torch.equal(predict(transformer), predict(tiny_transformer()))
+
+
+def test_the_adapter_in_training_stays_what_it_is_beside_others() -> None:
+    transformer, state = adapted(), random_state(1, preset="ffn")
+    randomise(transformer)
+    own, output = adapter_state(transformer), predict(transformer)
+    parameters = adapter_parameters(transformer)
+    load_adapter(transformer, state, "distilled")
+    expected = predict(merged((own, 2.0), (state, 1.0)))
+    torch.testing.assert_close(predict(transformer), expected, rtol=1e-4, atol=1e-5)
+    set_strengths(transformer, {"distilled": 1.0})
+    set_strengths(transformer, {"default": 1.0})
+    assert torch.equal(predict(transformer), output)
+    now = adapter_parameters(transformer)
+    assert [id(p) for p in now] == [id(p) for p in parameters]
+    trainable = {id(p) for p in transformer.parameters() if p.requires_grad}
+    assert trainable == {id(p) for p in parameters}
+    assert all(torch.equal(own[name], t) for name, t in adapter_state(transformer).items())
+
+
+def test_a_loaded_adapter_that_does_not_fit_is_refused_whole() -> None:
+    transformer, state = tiny_transformer(), random_state(1)
+    wrong = {k: torch.cat([t, t], dim=1) if "_A" in k else t for k, t in state.items()}
+    for name, tensors, message in [
+        ("fox", random_state(1, blocks=3), "the model has no blocks.2.attn1.to_q"),
+        ("fox", wrong, r"to_q is \(24, 48\) \(out, in\), that of the model \(24, 24\)"),
+        ("a.b", state, "'a.b': it is taken, empty or has a dot"),
+        ("", state, "cannot be called ''"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_adapter(transformer, tensors, name)
+        assert adapter_strengths(transformer) == {}
+    load_adapter(transformer, state, "fox")
+    with pytest.raises(ValueError, match="'fox': it is taken"):
+        load_adapter(transformer, state, "fox")
+    with pytest.raises(ValueError, match="has an adapter already"):
+        attach(transformer, 2, 2.0, target_modules("all"), 0.0, seed=0)
+
+
+def test_strengths_that_cannot_be_are_refused() -> None:
+    transformer = tiny_transformer()
+    with pytest.raises(ValueError, match="no adapter is called 'fox'; known: none"):
+        set_strengths(transformer, {"fox": 1.0})
+    load_adapter(transformer, random_state(1), "owl")
+    with pytest.raises(ValueError, match="no adapter is called 'fox'; known: owl"):
+        set_strengths(transformer, {"fox": 1.0})
+    with pytest.raises(ValueError, match="must be a number; found nan"):
+        set_strengths(transformer, {"owl": float("nan")})
+
+
+def test_loading_neither_uses_nor_moves_the_global_generator() -> None:
+    transformer = tiny_transformer()
+    before = torch.get_rng_state()
+    load_adapter(transformer, random_state(1), "fox")
+    assert torch.equal(torch.get_rng_state(), before)

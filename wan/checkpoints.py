@@ -1,260 +1,267 @@
 """Find, check and load a model: every mistake is told before a single weight is read.
 
-The layout is that of diffusers' folders (`spec/wan22.md` section 7.2). Nothing here ever asks the
-network.
+Any layout, and any mix of them: experts from one place, VAE and text encoder from another. Nothing
+here ever asks the network. Source: `spec/wan22.md` section 7.
 """
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Literal
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from wan.variants import FOLDER_OF_EXPERT, TINY_PATH, Expert, Variant, variant
+from wan.headers import ModelError
+from wan.model_checks import KEY_OF_PART
+from wan.model_files import (
+    INCOMPLETE,
+    TOKENIZER,
+    Scan,
+    hub_snapshot,
+    read_json,
+    scan,
+    tokenizer_in,
+)
+from wan.model_parts import part_of_diffusers, part_of_file, part_of_scan
+from wan.recognise import Part, Weights
+from wan.variants import TINY_PATH, Expert, Variant, variant
+from wan.weights import build_text_encoder, build_transformer, build_vae
 
-WEIGHTS_OF_COMPONENT = {
-    FOLDER_OF_EXPERT["high"]: "diffusion_pytorch_model.safetensors",
-    FOLDER_OF_EXPERT["low"]: "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-}
-INCOMPLETE = "the download is incomplete: download the model again"
-HINT_OF_SETTING = {
-    "in_channels": "I2V-A14B and TI2V-5B have more channels",
-    "image_dim": "the image-to-video models of Wan 2.1 have it",
-    "added_kv_proj_dim": "the image-to-video models of Wan 2.1 have it",
-}
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 HASH_WHOLE_BELOW = 256 * 2**20  # bytes
 HASHED_ENDS = 2**20  # bytes at either end of a larger file
-
-Model = TypeVar("Model", WanTransformer3DModel, AutoencoderKLWan, UMT5EncoderModel)
-
-
-class ModelError(ValueError):
-    """A model that cannot be used: the message says which file, what it holds and what to do."""
+PIPELINE = "model_index.json"
+TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
+EXAMPLES = {
+    "t2v_a14b": "Wan2.2-T2V-A14B-Diffusers",
+    "i2v_a14b": "Wan2.2-I2V-A14B-Diffusers",
+    "ti2v_5b": "Wan2.2-TI2V-5B-Diffusers",
+}
 
 
 @dataclass(frozen=True)
-class ModelFolder:
-    """A folder that `find_model` has checked: it holds a whole model of this variant."""
+class ModelPaths:
+    """Where the user says that a model lies; None = within `path`."""
 
-    path: Path
+    path: str | None
+    high: str | None = None
+    low: str | None = None
+    vae: str | None = None
+    text_encoder: str | None = None
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A whole model of this variant that `find_model` has checked."""
+
     variant: Variant
+    parts: Mapping[Part, Weights]
+    tokenizer: Path  # the folder of tokenizer.json
 
 
-def find_model(path: str, variant_name: str, key: str = "model.path") -> ModelFolder:
-    """The model in the folder `path`, checked down to the headers of its weight files.
+def find_model(paths: ModelPaths, variant_name: str) -> Model:
+    """The model at `paths`, checked down to the headers of its weight files.
 
-    `ModelError` if there is none, if it is incomplete or of another kind; `key` is the config key
-    that the message asks to set.
+    `ModelError` if there is none, if it is incomplete or of another kind, or if several files could
+    be a part of it; the message names the config key to set.
     """
-    folder = ModelFolder(Path(path).expanduser(), variant(variant_name))
-    remedy = _remedy(folder.variant, key)
-    if not path.strip():
-        raise ModelError(f"{key} is empty: it must name the model's folder; {remedy}")
-    if not folder.path.is_dir():
-        found = "is not a folder" if folder.path.exists() else "does not exist"
-        raise ModelError(f"{key}={path} {found}; {remedy}")
-    if not (folder.path / "model_index.json").is_file():
-        official = (folder.path / "high_noise_model").is_dir()
-        layout = " (this is the official layout, which is not read yet)" if official else ""
-        raise ModelError(f"{key}={path} has no model_index.json{layout}; {remedy}")
-    for component in [*FOLDER_OF_EXPERT.values(), "vae"]:
-        _check_config(folder, component)
-    _check_boundary(folder)
-    for component, weights in WEIGHTS_OF_COMPONENT.items():
-        _check_weights(folder.path / component, weights)
-    if not (folder.path / "tokenizer" / "tokenizer.json").is_file():
-        raise ModelError(f"{folder.path / 'tokenizer'} has no tokenizer.json; {INCOMPLETE}")
-    return folder
+    facts = variant(variant_name)
+    scans: dict[Path, Scan] = {}
+    wanted: tuple[Part, ...] = (*facts.experts, "vae", "text_encoder")
+    if (paths.high or paths.low) and len(facts.experts) == 1:
+        raise ModelError(
+            f"model.high or model.low is set, but {facts.title} has one transformer: give it as "
+            "model.path, and take them out"
+        )
+    parts: dict[Part, Weights] = {part: _find_part(paths, part, facts, scans) for part in wanted}
+    if len(facts.experts) == 2:
+        _check_pair(parts["high"], parts["low"])
+    for weights in parts.values():
+        _check_text(weights, parts["text_encoder"])
+    return Model(facts, parts, _find_tokenizer(paths, facts, parts["text_encoder"]))
 
 
 def load_transformer(
-    folder: ModelFolder, expert: Expert, dtype: torch.dtype, device: torch.device | str
+    model: Model, expert: Expert, dtype: torch.dtype, device: torch.device | str
 ) -> WanTransformer3DModel:
     """The frozen transformer of an expert, in `dtype` but for what diffusers keeps in fp32."""
-    return _load(WanTransformer3DModel, folder, FOLDER_OF_EXPERT[expert], dtype, device)
+    return build_transformer(model.parts[expert], dtype, device)
 
 
-def load_vae(
-    folder: ModelFolder, dtype: torch.dtype, device: torch.device | str
-) -> AutoencoderKLWan:
+def load_vae(model: Model, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKLWan:
     """The frozen VAE; fp32 is the official dtype."""
-    return _load(AutoencoderKLWan, folder, "vae", dtype, device)
+    return build_vae(model.parts["vae"], dtype, device)
 
 
 def load_text_encoder(
-    folder: ModelFolder, dtype: torch.dtype, device: torch.device | str
+    model: Model, dtype: torch.dtype, device: torch.device | str
 ) -> UMT5EncoderModel:
     """The frozen text encoder; `ModelError` if its token embedding came out as zeros.
 
     Some versions of transformers 5 leave it so (wan22.md, trap 20), and every prompt is then equal.
     """
-    encoder = _load(UMT5EncoderModel, folder, "text_encoder", dtype, device)
+    encoder = build_text_encoder(model.parts["text_encoder"], dtype, device)
     if not encoder.encoder.embed_tokens.weight.any():
         raise ModelError(
-            f"the token embedding of {folder.path / 'text_encoder'} is all zeros after loading: "
-            "the installed transformers cannot load it, or the file is damaged; install the "
-            "version that the constraints file names"
+            f"the token embedding of {model.parts['text_encoder'].files[0]} is all zeros after "
+            "loading: the installed transformers cannot load it, or the file is damaged; install "
+            "the version that the constraints file names"
         )
     return encoder
 
 
-def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerFast:
+def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
     """The tokenizer exactly as its tokenizer.json says, whatever class the config names."""
-    return PreTrainedTokenizerFast.from_pretrained(folder.path / "tokenizer", local_files_only=True)
+    return PreTrainedTokenizerFast.from_pretrained(model.tokenizer, local_files_only=True)
 
 
-def component_hash(folder: ModelFolder, name: str) -> str:
-    """16 hex digits that change when the component (a subfolder such as "vae") does.
+def component_hash(model: Model, part: Part | Literal["tokenizer"]) -> str:
+    """16 hex digits that change when the part does, and not when it only lies elsewhere.
 
-    sha256 over the names and contents of its .json and .safetensors files. Hashing 28 GB is slow,
-    so if the weights exceed 256 MiB together, a weight file counts with its size and its first and
-    last MiB only.
+    sha256 over its config, and the names and contents of its files. Hashing 28 GB is slow, so if
+    the files exceed 256 MiB together, each counts with its size and its first and last MiB only.
     """
-    content = (folder.path / name).iterdir()
-    files = sorted(file for file in content if file.suffix in (".json", ".safetensors"))
-    whole = sum(file.stat().st_size for file in files) <= HASH_WHOLE_BELOW
     digest = hashlib.sha256()
+    if part == "tokenizer":
+        named = [model.tokenizer / name for name in TOKENIZER_FILES]
+        files = [file for file in named if file.is_file()]
+    else:
+        files = list(model.parts[part].files)
+        digest.update(json.dumps(model.parts[part].config, sort_keys=True).encode())
+    whole = sum(file.stat().st_size for file in files) <= HASH_WHOLE_BELOW
     for file in files:
         digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            if whole or file.suffix == ".json":
-                digest.update(stream.read())
-            else:
-                digest.update(stream.read(HASHED_ENDS))
-                stream.seek(max(0, file.stat().st_size - HASHED_ENDS))
-                digest.update(stream.read())
+        for piece in _pieces(file, whole):
+            digest.update(piece)
     return digest.hexdigest()[:16]
 
 
-def _load(
-    model_class: type[Model],
-    folder: ModelFolder,
-    component: str,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> Model:
-    """A component as its library loads it, refused unless the files hold exactly its weights."""
-    path = folder.path / component
-    try:
-        loaded = model_class.from_pretrained(
-            path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except (ValueError, RuntimeError) as error:  # both libraries, for a weight of another shape
-        raise ModelError(f"{path} cannot be loaded ({error}); {INCOMPLETE}") from error
-    model, report = cast("tuple[Model, dict[str, list[object]]]", loaded)
-    for finding in ("missing", "unexpected", "mismatched"):
-        if names := sorted(map(str, report[f"{finding}_keys"])):
+def _pieces(file: Path, whole: bool) -> Iterator[bytes]:
+    with file.open("rb") as stream:
+        if whole:
+            yield stream.read()
+            return
+        yield stream.read(HASHED_ENDS)
+        stream.seek(max(0, file.stat().st_size - HASHED_ENDS))
+        yield stream.read()
+
+
+def _find_part(paths: ModelPaths, part: Part, facts: Variant, scans: dict[Path, Scan]) -> Weights:
+    given = {
+        "high": paths.high,
+        "low": paths.low,
+        "vae": paths.vae,
+        "text_encoder": paths.text_encoder,
+    }.get(part)
+    key = "model.path" if given is None else KEY_OF_PART[part]
+    place = _existing(paths.path if given is None else given, key, facts)
+    if place.is_file():
+        if given is None and part != "single":
             raise ModelError(
-                f"the weights in {path} do not fit its config.json: {len(names)} are {finding}, "
-                f"such as {names[0]}; {INCOMPLETE}"
+                f"{key}={place} is one file, and {KEY_OF_PART[part]} is not set: a model has "
+                f"several parts; set {KEY_OF_PART[part]}, or give the folder that holds them all"
             )
-    model.to(device)  # pyright: ignore[reportArgumentType] (the libraries' decorators hide its type)
-    return model.eval().requires_grad_(False)
+        return part_of_file(place, part, facts)
+    if (place / PIPELINE).is_file():
+        _check_pipeline(place / PIPELINE, facts)
+        return part_of_diffusers(place, part, facts)
+    if place not in scans:
+        scans[place] = scan(place)
+    return part_of_scan(scans[place], place, part, facts, named=given is not None)
 
 
-def _remedy(variant: Variant, key: str) -> str:
-    if variant.name == "tiny":
+def _existing(path: str | None, key: str, facts: Variant) -> Path:
+    """The file or folder that a key names, that of the snapshot in a Hugging Face cache."""
+    remedy = _remedy(facts, key)
+    if path is None or not path.strip():
+        raise ModelError(f"{key} is empty: it must name the model's folder; {remedy}")
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise ModelError(f"{key}={path} does not exist; {remedy}")
+    return hub_snapshot(place)
+
+
+def _remedy(facts: Variant, key: str) -> str:
+    if facts.name == "tiny":
         return f"`make tiny` builds it in {TINY_PATH}; set {key}={TINY_PATH}"
     return (
-        f"download the diffusers folder of {variant.title} from huggingface.co/Wan-AI (its name "
-        f"ends in -Diffusers) and set {key}, such as {key}=/path/to/Wan2.2-T2V-A14B-Diffusers"
+        f"download {facts.title} from huggingface.co/Wan-AI and set {key}, such as "
+        f"{key}=/path/to/{EXAMPLES[facts.name]}"
     )
 
 
-def _read_json(file: Path) -> dict[str, object]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise ModelError(f"{file} is missing; {INCOMPLETE}") from None
-    except ValueError as error:  # not JSON or not text
-        raise ModelError(f"{file} is not valid JSON ({error}); {INCOMPLETE}") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{file} holds no settings, but {type(content).__name__}; {INCOMPLETE}")
-    return content
-
-
-def _check_config(folder: ModelFolder, component: str) -> None:
-    """A transformer or the VAE must be built as the variant's is."""
-    path, title = folder.path / component, folder.variant.title
-    if component == FOLDER_OF_EXPERT["low"] and not path.is_dir():
-        raise ModelError(
-            f"{folder.path} has no {component}: {title} consists of two transformers, this model "
-            "of one (as those of Wan 2.1 and TI2V-5B do); give a folder that holds both"
-        )
-    config = _read_json(path / "config.json")
-    expected = _vae_settings if component == "vae" else _transformer_settings
-    for setting, value in expected(folder).items():
-        # A setting that the config leaves out has the library's default, which is Wan's.
-        if config.get(setting, value) != value:
-            hint = f" ({HINT_OF_SETTING[setting]})" if setting in HINT_OF_SETTING else ""
+def _check_pipeline(file: Path, facts: Variant) -> None:
+    """What the pipeline says must be the variant's, or the experts would be misused."""
+    index = read_json(file)
+    expected = {
+        "boundary_ratio": facts.boundary,
+        "expand_timesteps": facts.conditioning == "first_frame",
+    }
+    for name, value in expected.items():
+        found = index.get(name, False if name == "expand_timesteps" else None)
+        if found != value:
             raise ModelError(
-                f"{path / 'config.json'}: {setting} is {config[setting]}, but {title} has "
-                f"{value}{hint}: this is another model; give the folder of {title}"
+                f"{file}: {name} is {found}, but {facts.title} has {value}: this is another "
+                f"model; give the folder of {facts.title}"
             )
 
 
-def _transformer_settings(folder: ModelFolder) -> dict[str, object]:
-    geometry = folder.variant.geometry
-    patch = geometry.multiple // geometry.space_stride
-    return {
-        "in_channels": geometry.channels,
-        "out_channels": geometry.channels,
-        "patch_size": [1, patch, patch],
-        "image_dim": None,
-        "added_kv_proj_dim": None,
-        "text_dim": _read_json(folder.path / "text_encoder" / "config.json").get("d_model"),
-    }
-
-
-def _vae_settings(folder: ModelFolder) -> dict[str, object]:
-    geometry = folder.variant.geometry
-    return {
-        "z_dim": geometry.channels,
-        "scale_factor_temporal": geometry.time_stride,
-        "scale_factor_spatial": geometry.space_stride,
-    }
-
-
-def _check_boundary(folder: ModelFolder) -> None:
-    """The boundary in the folder must be the variant's, or the experts would be misused."""
-    file, boundary = folder.path / "model_index.json", folder.variant.boundary
-    found = _read_json(file).get("boundary_ratio")
-    if found != boundary:
+def _check_pair(high: Weights, low: Weights) -> None:
+    """Two experts of one size, and not the same weights twice."""
+    if high.files[0].samefile(low.files[0]) or _same_content(high, low):
         raise ModelError(
-            f"{file}: boundary_ratio is {found}, but {folder.variant.title} has {boundary}: this "
-            f"is another model; give the folder of {folder.variant.title}"
+            f"{high.files[0]} and {low.files[0]} hold the same weights, but a model has a "
+            "transformer of high noise and another of low noise; set model.high and model.low to "
+            "the two"
+        )
+    for name in sorted(high.config.keys() & low.config.keys()):
+        if high.config[name] != low.config[name]:
+            raise ModelError(
+                f"{name} is {high.config[name]} in {high.files[0]}, but {low.config[name]} in "
+                f"{low.files[0]}: they are not the two experts of one model; give both from the "
+                "same model"
+            )
+
+
+def _same_content(high: Weights, low: Weights) -> bool:
+    """Whether the last bytes of all files are the same: two copies, one of them misnamed."""
+    if [f.stat().st_size for f in high.files] != [f.stat().st_size for f in low.files]:
+        return False
+    pairs = zip(high.files, low.files, strict=True)
+    return all(list(_pieces(a, False)) == list(_pieces(b, False)) for a, b in pairs)
+
+
+def _check_text(weights: Weights, text_encoder: Weights) -> None:
+    text_dim, width = weights.config.get("text_dim"), text_encoder.config["d_model"]
+    if text_dim is not None and text_dim != width:
+        raise ModelError(
+            f"{weights.files[0]} takes text of {text_dim} channels, but the text encoder in "
+            f"{text_encoder.files[0]} gives {width}; Wan 2.2 takes UMT5-XXL"
         )
 
 
-def _check_weights(path: Path, weights: str) -> None:
-    """Every weight file of a component is there, and as long as its own header says."""
-    index = path / f"{weights}.index.json"
-    names = {weights}
-    if index.is_file():
-        shards = _read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise ModelError(f"{index} names no weight files; {INCOMPLETE}")
-        names = {str(name) for name in shards.values()}
-    missing = sorted(name for name in names if not (path / name).is_file())
-    if missing:
-        pickles = sorted(file.name for file in path.glob("*") if file.suffix in PICKLES)
-        unsafe = f"; {pickles[0]} is not read, as it may run code" if pickles else ""
-        raise ModelError(f"{path} has no {', '.join(missing)}{unsafe}; {INCOMPLETE}")
-    for name in sorted(names):
-        try:
-            with safe_open(path / name, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{path / name} cannot be read ({error}): it is cut short, or a Git LFS pointer; "
-                "download it again"
-            ) from None
+def _find_tokenizer(paths: ModelPaths, facts: Variant, text_encoder: Weights) -> Path:
+    """The folder of tokenizer.json: named, or in the model's folder, or near the text encoder."""
+    if paths.tokenizer is not None:
+        place = _existing(paths.tokenizer, "model.tokenizer", facts)
+        folder = place.parent if place.name == TOKENIZER else tokenizer_in(place)
+        if folder is None:
+            raise ModelError(f"model.tokenizer={paths.tokenizer} has no {TOKENIZER}; {INCOMPLETE}")
+        return folder
+    beside = text_encoder.files[0].parent
+    near = [] if paths.path is None else [_existing(paths.path, "model.path", facts)]
+    for place in (*near, beside, beside.parent):
+        if place.is_dir() and (folder := tokenizer_in(place)) is not None:
+            return folder
+    if near and (near[0] / PIPELINE).is_file():
+        raise ModelError(f"{near[0] / 'tokenizer'} has no {TOKENIZER}; {INCOMPLETE}")
+    raise ModelError(
+        f"no {TOKENIZER} lies in {' or '.join(map(str, (*near, beside)))} (files of ComfyUI and "
+        "GGUF bring none that is read): download the folder google/umt5-xxl of any Wan 2.2 "
+        "repository of huggingface.co/Wan-AI and set model.tokenizer=/path/to/umt5-xxl"
+    )

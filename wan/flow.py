@@ -56,13 +56,17 @@ class SigmaRange:
     high: float
 
 
-def expert_range(boundary: float, expert: Expert) -> SigmaRange:
-    """The noise levels that `expert` is trained on and used for."""
+def expert_range(boundary: float | None, expert: Expert) -> SigmaRange:
+    """The noise levels that `expert` is trained on and used for; `boundary` None: it is alone."""
+    if boundary is None:
+        return SigmaRange(0.0, 1.0)
     return SigmaRange(boundary, 1.0) if expert == "high" else SigmaRange(0.0, boundary)
 
 
-def expert_for(timestep: float, boundary: float) -> Expert:
+def expert_for(timestep: float, boundary: float | None) -> Expert:
     """The expert of a (shifted) timestep; at the boundary itself it is the high-noise one."""
+    if boundary is None:
+        return "single"
     return "high" if timestep >= boundary * TRAIN_TIMESTEPS else "low"
 
 

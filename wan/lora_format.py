@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 PREFIX = "diffusion_model."
 FACTORS = (".lora_A.weight", ".lora_B.weight")
-SUFFIX_OF_EXPERT: dict[Expert, str] = {"high": "_high_noise", "low": "_low_noise"}
+SUFFIX_OF_EXPERT: dict[Expert, str] = {"high": "_high_noise", "low": "_low_noise", "single": ""}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 FP16_MAX = 65504.0
@@ -49,7 +49,8 @@ class ExportedFile:
 def export_adapter(
     folder: Path, name: str, state: dict[str, Tensor], info: AdapterInfo, dtype: torch.dtype
 ) -> ExportedFile:
-    """Write `<name>_high_noise.safetensors` or `<name>_low_noise.safetensors` into `folder`.
+    """Write `<name>_high_noise.safetensors`, `<name>_low_noise.safetensors` or, of one transformer,
+    `<name>.safetensors` into `folder`.
 
     The bytes depend on the arguments and the library versions alone. `ModelError`, and nothing is
     written, if the name or the adapter is one that loaders would trip over.

@@ -96,11 +96,12 @@ def metadata(info: AdapterInfo, data_sha256: str) -> dict[str, str]:
 
 def _modelspec(info: AdapterInfo) -> dict[str, str]:
     sigmas = expert_range(info.variant.boundary, info.expert)
+    single = info.expert == "single"
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": info.variant.architecture,
         "modelspec.implementation": IMPLEMENTATION,
-        "modelspec.title": f"{info.title} ({info.expert} noise)",
+        "modelspec.title": info.title if single else f"{info.title} ({info.expert} noise)",
         "modelspec.author": info.author,
         "modelspec.description": info.description,
         "modelspec.date": info.date,
@@ -108,10 +109,12 @@ def _modelspec(info: AdapterInfo) -> dict[str, str]:
         "modelspec.tags": info.tags,
         "modelspec.resolution": info.resolution,
         "modelspec.trigger_phrase": info.trigger,
-        "modelspec.usage_hint": f"load in the {info.expert.upper()}-noise model; strength 1.0",
-        "modelspec.timestep_range": ",".join(
-            f"{TRAIN_TIMESTEPS * sigma:g}" for sigma in (sigmas.low, sigmas.high)
-        ),
+        "modelspec.usage_hint": "strength 1.0"
+        if single
+        else f"load in the {info.expert.upper()}-noise model; strength 1.0",
+        "modelspec.timestep_range": ""
+        if single
+        else ",".join(f"{TRAIN_TIMESTEPS * sigma:g}" for sigma in (sigmas.low, sigmas.high)),
     }
 
 
@@ -157,7 +160,7 @@ def _own(info: AdapterInfo) -> dict[str, str]:
         "format_version": FORMAT_VERSION,
         "variant": info.variant.name,
         "expert": info.expert,
-        "boundary": str(info.variant.boundary),
+        "boundary": _optional(info.variant.boundary),
         "shift": str(info.shift),
         "timestep_law": info.timestep_law,
         "original_alpha": str(info.alpha),

@@ -41,23 +41,26 @@ def reload_errors(
         text_encoder=None,  # pyright: ignore[reportArgumentType]
         vae=None,  # pyright: ignore[reportArgumentType]
         scheduler=UniPCMultistepScheduler(),  # pyright: ignore[reportArgumentType]
-        transformer=experts["high"],
-        transformer_2=experts["low"],
+        transformer=experts[facts.experts[0]],
+        transformer_2=experts["low"] if "low" in facts.experts else None,
         boundary_ratio=facts.boundary,
     )
     errors: dict[Expert, float] = {}
     for expert, path in files.items():
         levels = expert_range(facts.boundary, expert)
         sigma = torch.tensor([(levels.low + levels.high) / 2])
-        noise = noise_like(latents.shape, 0, f"reload {expert}")
-        clip = NoisyClip(add_noise(latents[None], noise[None], sigma), timestep_of(sigma), text)
+        noise = noise_like((facts.in_channels, *latents.shape[1:]), 0, f"reload {expert}")[None]
+        x = add_noise(latents[None], noise[:, : len(latents)], sigma)
+        # What I2V-A14B has beside them is noise here: any input compares two adapters.
+        x = torch.cat([x, noise[:, len(latents) :]], dim=1)  # (1, in_channels, F, h, w)
+        clip = NoisyClip(x, timestep_of(sigma), text)
         errors[expert] = _reload_error(pipeline, experts[expert], expert, path, clip, facts)
     return errors
 
 
 @dataclass(frozen=True)
 class NoisyClip:
-    """One input of a transformer: x (1, C, F, h, w), timestep (1,), text (L, D)."""
+    """One input of a transformer: x (1, in_channels, F, h, w), timestep (1,), text (L, D)."""
 
     x: Tensor
     timestep: Tensor

@@ -1,23 +1,35 @@
-"""Official sampling with two experts: UniPC on the official grid, one guidance for each expert.
+"""Official sampling of the three variants: solver, experts, guidance and what a model is given.
 
-Source: `spec/wan22.md` sections 6.1 and 6.2.
+Source: `spec/wan22.md` sections 4, 6.1, 6.2 and 9.1.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import Tensor
 
-from wan.flow import expert_for, sampling_grid
-from wan.variants import TRAIN_TIMESTEPS, Expert, Guidance, Variant
+from wan.conditioning import Condition, check_condition
+from wan.flow import expert_for
+from wan.solvers import SolverName, make_solver
+from wan.transformer import predict_velocity
+from wan.variants import Expert, Guidance, Variant
+
+Cfg = Literal["batched", "sequential"]
+UNCONDITIONED = Condition()
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """What a sample is made with, besides its prompt and its seed; the size is in pixels."""
+    """What a sample is made with, besides its prompt and its seed; the size is in pixels.
+
+    `cfg` "batched" is one call of the model with both prompts, "sequential" two calls with half
+    the memory.
+    """
 
     steps: int
     shift: float
@@ -25,9 +37,20 @@ class SampleSettings:
     frames: int
     height: int
     width: int
+    solver: SolverName = "unipc"
+    cfg: Cfg = "batched"
 
 
-@torch.no_grad()
+def distilled(settings: SampleSettings) -> SampleSettings:
+    """The settings as 4-step distilled adapters (Lightning) need them, at the same size.
+
+    Noise levels 1, 0.9375, 0.8333 and 0.625 by Euler, guidance 1: four calls of the model in all.
+    Those for a first and a last frame want a shift of 16 instead of 5.
+    """
+    guidance = Guidance(low=1.0, high=1.0)
+    return replace(settings, solver="euler", steps=4, shift=5.0, guidance=guidance)
+
+
 def sample_latents(
     transformers: Mapping[Expert, WanTransformer3DModel],
     settings: SampleSettings,
@@ -35,43 +58,41 @@ def sample_latents(
     text: Tensor,
     negative: Tensor,
     seeds: Sequence[int],
-    progress: Callable[[int, int], None] | None = None,
+    condition: Condition = UNCONDITIONED,
 ) -> Tensor:
     """Normalised latents (B, C, F, h, w) in fp32, one video for each row of `text` and its seed.
 
     `text` (B, text_len, D) and `negative` (1, text_len, D) are padded embeddings, on the device
-    where to sample. A video depends on its own prompt and seed, not on the others of the batch.
-    `transformers` is asked for an expert at each step, so it may move one in when its turn comes.
-    `progress(done, steps)` is called after each step.
+    where to sample. A video depends on its own prompt, seed and condition, not on the others of
+    the batch. `transformers` is asked for an expert at each step, so it may move one in when its
+    turn comes. `ValueError` if the size or the condition does not fit the variant.
     """
-    solver = official_solver(settings.steps, settings.shift)
+    steps = sample_steps(transformers, settings, variant, text, negative, seeds, condition)
+    return deque(steps, maxlen=1).pop()  # only the last step's are kept
+
+
+@torch.no_grad()
+def sample_steps(
+    transformers: Mapping[Expert, WanTransformer3DModel],
+    settings: SampleSettings,
+    variant: Variant,
+    text: Tensor,
+    negative: Tensor,
+    seeds: Sequence[int],
+    condition: Condition = UNCONDITIONED,
+) -> Iterator[Tensor]:
+    """`sample_latents` step by step: the latents after each of `settings.steps` steps."""
     shape = variant.geometry.latent_shape(settings.frames, settings.height, settings.width)
-    x = initial_noise(shape, seeds).to(text.device)  # (B, C, F, h, w)
-    for done, timestep in enumerate(solver.timesteps.tolist(), start=1):
+    check_condition(condition, variant, len(text), shape)
+    solver = make_solver(settings.solver, settings.steps, settings.shift)
+    x = hold_first_frame(initial_noise(shape, seeds).to(text.device), condition)  # (B, C, F, h, w)
+    for timestep in solver.timesteps.tolist():
         expert = expert_for(timestep, variant.boundary)
-        guidance = settings.guidance.high if expert == "high" else settings.guidance.low
-        v = guided_velocity(transformers[expert], x, timestep, text, negative, guidance)
-        x = solver.step(v, timestep, x, return_dict=False)[0]
-        if progress is not None:
-            progress(done, settings.steps)
-    return x
-
-
-def official_solver(steps: int, shift: float) -> UniPCMultistepScheduler:
-    """UniPC as the official code runs it: diffusers' algebra on the official noise levels."""
-    solver = UniPCMultistepScheduler(
-        num_train_timesteps=TRAIN_TIMESTEPS,
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        flow_shift=shift,
-        solver_order=2,
-        solver_type="bh2",
-    )
-    grid = sampling_grid(steps)  # an array: annotated as a list, but lists fail in it
-    solver.set_timesteps(sigmas=grid)  # pyright: ignore[reportArgumentType]
-    # Without it the solver looks its place up by timestep, and integer timesteps may repeat.
-    solver.set_begin_index(0)
-    return solver
+        velocity = partial(_velocity, transformers[expert], x, timestep, condition)
+        guidance = settings.guidance.of(expert)
+        v = guided_velocity(velocity, text, negative, guidance, settings.cfg)
+        x = hold_first_frame(solver.step(v, timestep, x, return_dict=False)[0], condition)
+        yield x
 
 
 def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
@@ -80,26 +101,44 @@ def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
     return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
 
 
+def hold_first_frame(x: Tensor, condition: Condition) -> Tensor:
+    """x (B, C, F, h, w) with the given first frame, if there is one, in place of its own."""
+    if condition.first_frame is None:
+        return x
+    return torch.cat([condition.first_frame.expand_as(x[:, :, :1]), x[:, :, 1:]], dim=2)
+
+
 def guided_velocity(
-    transformer: WanTransformer3DModel,
-    x: Tensor,
-    timestep: float,
-    text: Tensor,
-    negative: Tensor,
-    guidance: float,
+    velocity: Callable[[Tensor], Tensor], text: Tensor, negative: Tensor, guidance: float, cfg: Cfg
 ) -> Tensor:
-    """The velocity v_u + guidance (v_c - v_u) at x (B, C, F, h, w), fp32; 1 skips the v_u half."""
+    """v_u + guidance (v_c - v_u); 1 skips the v_u half.
+
+    `velocity` maps text (B, text_len, D), or (2B, text_len, D) for all samples twice over, to as
+    many rows of velocities.
+    """
     if guidance == 1:
-        return _velocity(transformer, x, timestep, text)
-    both = torch.cat([text, negative.expand(len(x), -1, -1)])  # (2B, text_len, D)
-    conditional, unconditional = _velocity(transformer, torch.cat([x, x]), timestep, both).chunk(2)
+        return velocity(text)
+    negative = negative.expand_as(text)
+    if cfg == "batched":
+        conditional, unconditional = velocity(torch.cat([text, negative])).chunk(2)
+    else:
+        conditional, unconditional = velocity(text), velocity(negative)
     return unconditional + guidance * (conditional - unconditional)
 
 
 def _velocity(
-    transformer: WanTransformer3DModel, x: Tensor, timestep: float, text: Tensor
+    transformer: WanTransformer3DModel,
+    x: Tensor,
+    timestep: float,
+    condition: Condition,
+    text: Tensor,
 ) -> Tensor:
-    """The model in its own dtype, as diffusers' pipeline calls it, but timesteps stay in fp32."""
+    """The model's velocity at x (B, C, F, h, w) for each row of text, which may be B or 2B rows."""
+    if condition.channels is not None:
+        channels = condition.channels.expand(len(x), -1, -1, -1, -1)
+        x = torch.cat([x, channels], dim=1)  # (B, C + 4 + C, F, h, w)
+    x = x.repeat(len(text) // len(x), 1, 1, 1, 1)
     timesteps = torch.full((len(x),), timestep, dtype=torch.float32, device=x.device)
-    dtype = transformer.dtype
-    return transformer(x.to(dtype), timesteps, text.to(dtype), return_dict=False)[0].float()
+    has_first_frame = condition.first_frame is not None
+    given = torch.ones_like(timesteps, dtype=torch.bool) if has_first_frame else None
+    return predict_velocity(transformer, x, timesteps, text, given)

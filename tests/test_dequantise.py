@@ -1,0 +1,172 @@
+"""What is stored in fewer bits stands for what its format says, and can be trained upon."""
+
+import json
+import socket
+from pathlib import Path
+
+import gguf
+import layouts
+import pytest
+import torch
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+from diffusers.quantizers.quantization_config import GGUFQuantizationConfig
+from torch import Tensor
+
+from wan import dequantise
+from wan.dequantise import dequantise_fp8
+from wan.key_names import transformer_name
+from wan.lora import adapter_parameters, attach
+from wan.recognise import Part, Weights
+from wan.weights import build_text_encoder, build_transformer, parameter_count, read_tensors
+
+QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+KEPT_IN_FP32 = ("time_embedder", "scale_shift_table", "norm2")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def gguf_weights(part: Part, file: Path, folder: Path) -> Weights:
+    """What recognition would say of a GGUF whose library's config lies in `folder`."""
+    config = json.loads((folder / "config.json").read_text())
+    return Weights(part, (file,), "llama" if part == "text_encoder" else "official", "", "", config)
+
+
+def toy_gguf(
+    model: Path, tmp_path: Path, kind: str, reshaped: bool = False
+) -> tuple[Weights, dict[str, Tensor]]:
+    """The high-noise transformer of a diffusers folder as a GGUF, and its values."""
+    folder, file = model / "transformer", tmp_path / "model.gguf"
+    values = layouts.write_gguf_transformer(folder, file, kind, reshaped)
+    return gguf_weights("high", file, folder), values
+
+
+def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy latents, timestep and text for a toy transformer."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 16, 2, 4, 4, generator=generator).to(dtype)
+    return x, torch.tensor([625.0]), torch.randn(1, 8, 32, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("kind", [*QUANTISED, "F16"])
+def test_a_gguf_transformer_stands_for_its_values(
+    toy_t2v_model: Path, tmp_path: Path, kind: str
+) -> None:
+    weights, values = toy_gguf(toy_t2v_model, tmp_path, kind, reshaped=True)
+    model = build_transformer(weights, torch.bfloat16, "cpu")
+    assert parameter_count(model) == sum(tensor.numel() for tensor in values.values())
+    quantised = 0
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, GGUFParameter):
+            quantised += 1
+            whole = dequantise.dequantise_gguf(parameter, torch.float32)
+            assert torch.equal(whole, values[name]), name
+        else:
+            is_kept = any(part in name for part in KEPT_IN_FP32)
+            assert parameter.dtype == (torch.float32 if is_kept else torch.bfloat16), name
+            assert torch.equal(parameter, values[name].to(parameter.dtype)), name
+    assert quantised == (0 if kind == "F16" else 2 * 10)  # the linears of both blocks
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_gguf_transformer_is_as_diffusers_loads_it(
+    toy_t2v_model: Path, tmp_path: Path, kind: str
+) -> None:
+    weights, _ = toy_gguf(toy_t2v_model, tmp_path, kind)
+    ours = build_transformer(weights, torch.bfloat16, "cpu")
+    library = WanTransformer3DModel.from_single_file(
+        str(weights.files[0]),
+        config=str(toy_t2v_model),
+        subfolder="transformer",
+        quantization_config=GGUFQuantizationConfig(compute_dtype=torch.bfloat16),
+        torch_dtype=torch.bfloat16,
+    ).eval()
+    modules = dict(library.named_modules())
+    for name, module in ours.named_modules():
+        assert isinstance(module, GGUFLinear) == isinstance(modules[name], GGUFLinear), name
+    for name, parameter in library.named_parameters():
+        found = ours.get_parameter(name)
+        assert torch.equal(found.to(parameter.dtype), parameter), name
+    with torch.no_grad():
+        assert torch.equal(ours(*inputs(torch.bfloat16))[0], library(*inputs(torch.bfloat16))[0])
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K"])
+def test_an_adapter_trains_on_a_gguf_transformer(
+    toy_t2v_model: Path, tmp_path: Path, kind: str
+) -> None:
+    weights, _ = toy_gguf(toy_t2v_model, tmp_path, kind)
+    model = build_transformer(weights, torch.bfloat16, "cpu")
+    attach(model, rank=4, alpha=4, targets=["attn1.to_q", "ffn.net.0.proj"], dropout=0, seed=0)
+    x, t, text = inputs(torch.bfloat16)
+    x.requires_grad_()
+    before = model(x, t, text)[0]
+    before.float().square().mean().backward()
+    parameters = adapter_parameters(model)
+    assert len(parameters) == 2 * 2 * 2  # A and B of two linears in two blocks
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+    assert all(b.grad is not None and b.grad.abs().sum() > 0 for b in parameters[1::2])
+    assert all(p.grad is None for p in model.parameters() if isinstance(p, GGUFParameter))
+    torch.optim.SGD(parameters, lr=100.0).step()
+    assert not torch.equal(model(x, t, text)[0], before)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1", "F16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gguf_text_encoder_is_made_whole(
+    toy_t2v_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    dtype: torch.dtype,
+) -> None:
+    monkeypatch.setattr(dequantise, "ROWS", 7)  # rows that do not divide any tensor
+    file = tmp_path / "umt5.gguf"
+    values = layouts.write_gguf_text_encoder(toy_t2v_model, file, kind)
+    weights = gguf_weights("text_encoder", file, toy_t2v_model / "text_encoder")
+    encoder = build_text_encoder(weights, dtype, "cpu")
+    assert encoder.encoder.embed_tokens.weight is encoder.shared.weight
+    state = encoder.state_dict()
+    state.pop("encoder.embed_tokens.weight")
+    assert state.keys() == values.keys()
+    assert all(torch.equal(state[name], values[name].to(dtype)) for name in values)
+
+
+def test_a_gguf_in_bf16_and_without_its_fifth_dimension_is_read(tmp_path: Path) -> None:
+    tensor = torch.randn(8, 4, 1, 2, 2).bfloat16()
+    file, name = tmp_path / "model.gguf", "patch_embedding.weight"
+    writer = gguf.GGUFWriter(file, "wan")
+    writer.add_array(f"comfy.gguf.orig_shape.{name}", list(tensor.shape))
+    stored = tensor.flatten(1).view(torch.uint8).numpy()
+    writer.add_tensor(name, stored, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    weights = Weights("high", (file,), "official", "", "gguf BF16", {})
+    ((found, read),) = read_tensors(weights)
+    assert found == transformer_name(name)
+    assert read.dtype == torch.bfloat16
+    assert torch.equal(read, tensor)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (6,), (6, 1), (6, 4, 1)])
+def test_fp8_is_its_weight_times_its_scale(shape: tuple[int, ...]) -> None:
+    weight, scale = torch.randn(6, 32).to(torch.float8_e4m3fn), torch.rand(shape)
+    factors = scale.reshape(-1, scale.shape[1] if scale.ndim == 3 else 1)  # (1 or 6, 1 or 4)
+    factors = factors.repeat_interleave(32 // factors.shape[1], dim=1).expand(6, 32)
+    assert torch.equal(dequantise_fp8(weight, scale), weight.float() * factors)
+
+
+@pytest.mark.parametrize("shape", [(0,), (5,), (2, 2), (6, 5, 1)])
+def test_a_scale_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="does not fit a weight"):
+        dequantise_fp8(torch.ones(6, 32).to(torch.float8_e4m3fn), torch.rand(shape))
