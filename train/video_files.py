@@ -14,18 +14,22 @@ SHEET_FRAMES = 5
 CRF = "12"  # x264 quality: visually lossless
 
 
-def write_mp4(path: Path, video: np.ndarray, fps: int) -> None:
-    """Write uint8 (T, H, W, 3) as H.264; the file appears only when it is whole."""
+def write_mp4(path: Path, video: np.ndarray, fps: int, comment: str | None = None) -> None:
+    """Write uint8 (T, H, W, 3) as H.264; the file appears only when it is whole.
+
+    `comment` is kept in its metadata.
+    """
     frames, height, width, _ = video.shape
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part.mp4")
+    metadata = [] if comment is None else ["-metadata", f"comment={comment}"]
     writer = imageio_ffmpeg.write_frames(
         str(partial),
         (width, height),
         fps=fps,
         codec="libx264",
         macro_block_size=2,
-        output_params=["-crf", CRF, "-movflags", "+faststart"],
+        output_params=["-crf", CRF, "-movflags", "+faststart", *metadata],
     )
     writer.send(None)
     for frame in range(frames):
