@@ -7,7 +7,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
-from wan.checkpoints import find_model, load_transformer
+from wan.checkpoints import ModelPaths, find_model, load_transformer
 from wan.experts import Experts, base_only, load_experts
 from wan.lora import adapter_parameters, adapter_state, attach, target_modules
 from wan.variants import EXPERTS, Expert
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def experts(toy_model: Path) -> Experts:
-    return load_experts(find_model(str(toy_model), "tiny"), torch.float32, CPU)
+    return load_experts(find_model(ModelPaths(str(toy_model)), "tiny"), torch.float32, CPU)
 
 
 def adapt(transformer: WanTransformer3DModel, seed: int) -> None:
@@ -52,7 +52,7 @@ def test_asking_again_gives_the_same_model(experts: Experts) -> None:
 
 
 def test_each_expert_has_the_weights_of_its_folder(toy_model: Path, experts: Experts) -> None:
-    folder = find_model(str(toy_model), "tiny")
+    folder = find_model(ModelPaths(str(toy_model)), "tiny")
     for expert in EXPERTS:
         alone = load_transformer(folder, expert, torch.float32, CPU)
         assert torch.equal(output(experts[expert]), output(alone))
@@ -60,7 +60,7 @@ def test_each_expert_has_the_weights_of_its_folder(toy_model: Path, experts: Exp
 
 
 def test_experts_are_loaded_frozen_in_the_dtype_asked_for(toy_model: Path) -> None:
-    loaded = load_experts(find_model(str(toy_model), "tiny"), torch.bfloat16, CPU)
+    loaded = load_experts(find_model(ModelPaths(str(toy_model)), "tiny"), torch.bfloat16, CPU)
     for transformer in loaded.values():
         assert transformer.dtype == torch.bfloat16
         assert not transformer.training
@@ -102,12 +102,52 @@ def test_base_only_restores_after_an_error(experts: Experts) -> None:
     assert all(p.requires_grad for p in adapter_parameters(experts["low"]))
 
 
+GPU = torch.device("cuda", 0)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+def load_pair(path: Path) -> dict[Expert, WanTransformer3DModel]:
+    model = find_model(ModelPaths(str(path)), "tiny")
+    return {expert: load_transformer(model, expert, torch.float32, "cpu") for expert in EXPERTS}
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@needs_gpu
 def test_only_the_expert_that_was_asked_for_is_on_the_device(toy_model: Path) -> None:
-    folder = find_model(str(toy_model), "tiny")
-    pair = {expert: load_transformer(folder, expert, torch.float32, "cpu") for expert in EXPERTS}
-    experts = Experts(dict(pair), torch.device("cuda", 0))
+    pair = load_pair(toy_model)
+    experts = Experts(dict(pair), GPU)
     for asked, other in [("high", "low"), ("low", "high")]:
         assert experts[asked].device.type == "cuda"
         assert pair[other].device.type == "cpu"
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_weights_and_training_survive_being_swapped(toy_model: Path) -> None:
+    before = {
+        e: {n: p.clone() for n, p in t.named_parameters()} for e, t in load_pair(toy_model).items()
+    }
+    experts = Experts(dict(load_pair(toy_model)), GPU)
+    adapt(experts["high"], 1)
+    adapters = {name: tensor.clone() for name, tensor in adapter_state(experts["high"]).items()}
+    for _ in range(3):
+        for expert in EXPERTS:
+            for parameter in adapter_parameters(experts[expert]):
+                assert parameter.device == GPU
+            base = {
+                name.replace(".base_layer", ""): parameter.cpu()
+                for name, parameter in experts[expert].named_parameters()
+                if "lora_" not in name
+            }
+            assert all(torch.equal(base[name], before[expert][name]) for name in base)
+    after = adapter_state(experts["high"])
+    assert all(torch.equal(after[name], adapters[name].to(after[name].device)) for name in after)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_both_experts_may_stay_on_the_device(toy_model: Path) -> None:
+    pair = load_pair(toy_model)
+    experts = Experts(dict(pair), GPU, resident=True)
+    assert all(experts[expert].device == GPU for expert in EXPERTS)
+    assert all(transformer.device == GPU for transformer in pair.values())

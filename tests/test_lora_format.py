@@ -177,7 +177,6 @@ def test_file_names_that_get_lost_are_refused(tmp_path: Path, name: str) -> None
 
 
 FOREIGN = {
-    "alpha keys": {f"{OFFICIAL_Q}.alpha": torch.tensor(4.0)},
     "kohya": {"lora_unet_blocks_0_self_attn_q.lora_down.weight": torch.ones(4, WIDTH)},
     "diffusers": {f"transformer.{Q}.lora_A.weight": torch.ones(4, WIDTH)},
     "peft": {f"base_model.model.{Q}.lora_A.weight": torch.ones(4, WIDTH)},
@@ -197,6 +196,36 @@ def test_a_file_of_another_layout_is_refused_by_the_name_of_its_tensor(
     with pytest.raises(
         ModelError, match=f"foreign.safetensors has a tensor named '{next(iter(extra))}'"
     ):
+        read_adapter(path)
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", ""])
+def test_distilled_adapters_are_read_with_their_scale(tmp_path: Path, prefix: str) -> None:
+    ours, path = to_comfy(random_state(1), 1.0, RANK, torch.float32), tmp_path / "four.safetensors"
+    theirs = {}
+    for name, tensor in ours.items():
+        stem = prefix + name.removeprefix("diffusion_model.")
+        stem = stem.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
+        theirs[stem] = tensor
+        theirs[f"{stem.rsplit('.lora_', 1)[0]}.alpha"] = torch.tensor(RANK / 2)
+    save_file(theirs, path)
+    state, rank, _ = read_adapter(path)
+    assert rank == RANK
+    for name, tensor in random_state(1).items():
+        scale = 0.5 if "lora_B" in name else 1.0
+        torch.testing.assert_close(state[name], scale * tensor.float())
+
+
+@pytest.mark.parametrize(
+    ("alpha", "message"), [(-1.0, "is -1; expected a number above 0"), (4.0, "without its lora_down")]
+)
+def test_an_alpha_that_means_nothing_is_refused(tmp_path: Path, alpha: float, message: str) -> None:
+    path = tmp_path / "odd.safetensors"
+    whole = to_comfy(random_state(1), 1.0, RANK, torch.float32)
+    if alpha > 0:
+        whole = without_key(whole, f"{OFFICIAL_Q}.lora_B.weight")
+    save_file(whole | {f"{OFFICIAL_Q}.alpha": torch.tensor(alpha)}, path)
+    with pytest.raises(ModelError, match=message):
         read_adapter(path)
 
 

@@ -27,6 +27,8 @@ FACTORS = (".lora_A.weight", ".lora_B.weight")
 SUFFIX_OF_EXPERT: dict[Expert, str] = {"high": "_high_noise", "low": "_low_noise", "single": ""}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+MOST_ALPHA = 1e6  # section 6.4
+
 FP16_MAX = 65504.0
 FP16_SMALL = 6e-5  # below it fp16 is subnormal and loses digits
 FP16_SMALL_SHARE = 0.01
@@ -108,13 +110,15 @@ def to_comfy(
 
 
 def read_adapter(path: Path) -> tuple[dict[str, Tensor], int, dict[str, str]]:
-    """(state with diffusers names in fp32, rank, metadata) of a file in layout `comfy`.
+    """(state with diffusers names in fp32, rank, metadata) of a file with official names.
 
+    That is a file of ours, or one with lora_down, lora_up and alpha, as distilled adapters have.
     The scale is in B, so the state belongs to an adapter whose alpha equals its rank. `ModelError`
     if the file is missing, broken, of another layout, or (a file of ours) not what was written.
     """
     tensors, entries = _read(path)
-    state = {_diffusers_key(name, path): tensor for name, tensor in tensors.items()}
+    plain = _with_scale_in_b(tensors, path)
+    state = {_diffusers_key(name, path): tensor for name, tensor in plain.items()}
     try:
         pairs = _pairs(state)
     except ModelError as error:
@@ -128,6 +132,27 @@ def read_adapter(path: Path) -> tuple[dict[str, Tensor], int, dict[str, str]]:
     if is_ours and entries.get("sshs_model_hash") != data_sha256(tensors):
         raise ModelError(f"{path} is damaged: its data do not have the hash of its header")
     return {name: tensor.float() for name, tensor in state.items()}, ranks[0], entries
+
+
+def _with_scale_in_b(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Names as ours, whatever the prefix; alpha / rank, where there is an alpha, goes into B."""
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        named = PREFIX + name if name.startswith("blocks.") else name
+        if named.startswith(PREFIX):
+            named = named.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.")
+        plain[named] = tensor
+    for name in [name for name in plain if name.endswith(".alpha")]:
+        a, b = (name.removesuffix(".alpha") + factor for factor in FACTORS)
+        if a not in plain or b not in plain:
+            raise ModelError(
+                f"{path} has {name} without its lora_down and lora_up; take a whole file"
+            )
+        alpha = plain.pop(name).item()
+        if not 0 < alpha <= MOST_ALPHA:
+            raise ModelError(f"{path}: {name} is {alpha:g}; expected a number above 0")
+        plain[b] = plain[b].float() * (alpha / plain[a].shape[0])
+    return plain
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
