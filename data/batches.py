@@ -35,9 +35,14 @@ class BatchOrder:
     """
 
     def __init__(
-        self, buckets: Sequence[Bucket], visits: Sequence[float], batch_size: int, seed: int
+        self,
+        buckets: Sequence[Bucket],
+        visits: Sequence[float],
+        batch_size: int,
+        seed: int,
+        clips: str = "",
     ) -> None:
-        """`buckets` and `visits` hold one value for each clip."""
+        """`buckets` and `visits` hold one value for each clip; `clips` identifies them all."""
         assert buckets, "no clips"
         assert batch_size > 0
         assert min(visits) > 0
@@ -50,7 +55,7 @@ class BatchOrder:
         self._seed = seed
         self._starts = [0]  # the first place of each epoch, as far as it was asked for
         self._last: tuple[int, list[list[int]]] = (-1, [])  # an epoch and its batches
-        facts = repr((list(buckets), self._visits, batch_size, seed))
+        facts = repr((list(buckets), self._visits, batch_size, seed, clips))
         self._fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:16]
 
     def indices(self, place: int) -> list[int]:
@@ -116,15 +121,22 @@ class EncodedClip:
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """The cache entries that are made of frames; None where no clip of a run has any."""
+
+    latents: Entries
+    masks: Entries | None
+    first_given: Entries | None  # I2V-A14B: the VAE's view of the first frame and nothing else
+    last_given: Entries | None  # the same, with the last frame too
+
+
+@dataclass(frozen=True)
 class EncodedClips:
     """Clips with the cache entries that they share with others."""
 
     clips: list[EncodedClip]
-    latents: Entries
+    pictures: Pictures
     text: Entries
-    masks: Entries | None
-    conditions: Entries | None  # I2V-A14B: the latents of the first frame and nothing, by clip
-    conditions_last: Entries | None  # the same with the last frame given too
     no_caption: int  # the entry of ""
 
     def __len__(self) -> int:
@@ -133,7 +145,7 @@ class EncodedClips:
     def first(self) -> tuple[Tensor, Tensor]:
         """Latents (C, F, h, w) and text (L, D) of the first clip."""
         clip = self.clips[0]
-        return self.latents.read(clip.latents), self.text.read(clip.captions[0])
+        return self.pictures.latents.read(clip.latents), self.text.read(clip.captions[0])
 
 
 @dataclass(frozen=True)
@@ -168,14 +180,14 @@ def load_batch(clips: EncodedClips, indices: list[int], draws: Draws, place: int
         [happens(draws.seed, name, place, slot, share) for slot in range(len(chosen))]
         for name, share in (("first", draws.first_frame), ("last", draws.last_frame))
     )
-    latents = torch.stack([clips.latents.read(clip.latents) for clip in chosen])
+    latents = torch.stack([clips.pictures.latents.read(clip.latents) for clip in chosen])
     return Batch(
         clips=indices,
         latents=latents,
         text=[clips.text.read(caption) for caption in captions],
-        mask=_masks(clips, chosen, latents),
+        mask=_masks(clips.pictures, chosen, latents),
         loss_weight=torch.tensor([clip.loss_weight for clip in chosen]),
-        condition=_conditions(clips, chosen, last),
+        condition=_conditions(clips.pictures, chosen, last),
         first_given=torch.tensor(first),
         last_given=torch.tensor(last),
     )
@@ -195,23 +207,23 @@ def happens(seed: int, what: str, place: int, slot: int, share: float) -> bool:
     return Random(f"{what} {seed} {place} {slot}").random() < share
 
 
-def _masks(clips: EncodedClips, chosen: Sequence[EncodedClip], latents: Tensor) -> Tensor | None:
-    if clips.masks is None or all(clip.mask is None for clip in chosen):
+def _masks(pictures: Pictures, chosen: Sequence[EncodedClip], latents: Tensor) -> Tensor | None:
+    if pictures.masks is None or all(clip.mask is None for clip in chosen):
         return None
     everything = torch.ones(latents.shape[2:])  # (F, h, w)
     return torch.stack(
-        [everything if clip.mask is None else clips.masks.read(clip.mask) for clip in chosen]
+        [everything if clip.mask is None else pictures.masks.read(clip.mask) for clip in chosen]
     )
 
 
 def _conditions(
-    clips: EncodedClips, chosen: Sequence[EncodedClip], last: Sequence[bool]
+    pictures: Pictures, chosen: Sequence[EncodedClip], last: Sequence[bool]
 ) -> Tensor | None:
-    if clips.conditions is None:
+    if pictures.first_given is None:
         return None
     rows = []
     for clip, with_last in zip(chosen, last, strict=True):
-        entries = clips.conditions_last if with_last else clips.conditions
+        entries = pictures.last_given if with_last else pictures.first_given
         assert entries is not None, "a last frame is given, but was not encoded"
         rows.append(entries.read(clip.latents))
     return torch.stack(rows)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, disable_progress_bars
 
 from data.sources import DataError, Reading, Source, read_source
-from datasets import Dataset, disable_progress_bars
 
 disable_progress_bars()
 

@@ -1,28 +1,40 @@
-"""The order of batches and the dropping of captions are functions of (seed, place)."""
+"""The order of batches is a function of (seed, place), and shares them out as visits say."""
 
+import json
 from collections import Counter
-from pathlib import Path
+from math import floor
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from data.batches import BatchOrder, caption_dropped, load_batch
+from data.batches import GOLDEN, BatchOrder
 from data.buckets import Bucket
+from data.sources import DataError
 
 BUCKETS = [Bucket(13, 64, 64)] * 7 + [Bucket(1, 64, 64)] * 3 + [Bucket(13, 48, 80)]
+IMAGE = Bucket(1, 64, 64)
 
 
-def epoch_of(order: BatchOrder, epoch: int) -> list[list[int]]:
-    first = epoch * order.batches_per_epoch
-    return [order.indices(first + position) for position in range(order.batches_per_epoch)]
+def plain(buckets: list[Bucket], batch_size: int, seed: int) -> BatchOrder:
+    return BatchOrder(buckets, [1.0] * len(buckets), batch_size, seed)
+
+
+def epochs_of(order: BatchOrder, count: int) -> list[list[list[int]]]:
+    """The batches of the first epochs."""
+    epochs, place = [], 0
+    for epoch in range(count):
+        size = order.batches_in_epoch(epoch)
+        epochs.append([order.indices(place + position) for position in range(size)])
+        place += size
+    return epochs
+
+
+def counts_of(epoch: list[list[int]]) -> Counter[int]:
+    return Counter(clip for batch in epoch for clip in batch)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
 def test_every_clip_is_in_every_epoch_and_batches_are_full(batch_size: int) -> None:
-    order = BatchOrder(BUCKETS, batch_size, seed=0)
-    for epoch in range(4):
-        batches = epoch_of(order, epoch)
+    for batches in epochs_of(plain(BUCKETS, batch_size, seed=0), 4):
         assert {index for batch in batches for index in batch} == set(range(len(BUCKETS)))
         for batch in batches:
             assert len(batch) == batch_size
@@ -30,63 +42,126 @@ def test_every_clip_is_in_every_epoch_and_batches_are_full(batch_size: int) -> N
 
 
 def test_no_clip_is_repeated_more_than_completion_needs() -> None:
-    counts = Counter(index for batch in epoch_of(BatchOrder(BUCKETS, 4, 0), 0) for index in batch)
+    (epoch,) = epochs_of(plain(BUCKETS, 4, 0), 1)
+    counts = counts_of(epoch)
     assert sorted(counts[index] for index in range(7)) == [1] * 6 + [2]  # 7 clips in 2 batches
     assert sorted(counts[index] for index in range(7, 10)) == [1, 1, 2]
     assert counts[10] == 4
 
 
 def test_order_is_a_function_of_seed_and_place() -> None:
-    order = BatchOrder(BUCKETS, 2, seed=5)
+    order = plain(BUCKETS, 2, seed=5)
     forwards = [order.indices(place) for place in range(30)]
-    backwards = [BatchOrder(BUCKETS, 2, seed=5).indices(place) for place in reversed(range(30))]
+    backwards = [plain(BUCKETS, 2, seed=5).indices(place) for place in reversed(range(30))]
     assert forwards == backwards[::-1]
 
 
 def test_order_is_the_same_on_every_machine_and_version() -> None:
     golden = [[9, 8], [2, 6], [8, 7], [5, 3], [0, 4], [4, 1], [10, 10]]
-    assert epoch_of(BatchOrder(BUCKETS, 2, seed=0), 0) == golden
+    assert epochs_of(plain(BUCKETS, 2, seed=0), 1) == [golden]
 
 
 def test_epochs_and_seeds_differ() -> None:
-    order = BatchOrder([Bucket(1, 64, 64)] * 20, 2, seed=0)
-    other = BatchOrder([Bucket(1, 64, 64)] * 20, 2, seed=1)
-    epochs = [epoch_of(order, 0), epoch_of(order, 1), epoch_of(other, 0), epoch_of(other, 1)]
+    epochs = [epoch for seed in (0, 1) for epoch in epochs_of(plain([IMAGE] * 20, 2, seed=seed), 2)]
     assert all(a != b for i, a in enumerate(epochs) for b in epochs[:i])
 
 
 def test_pairs_and_positions_are_mixed_across_epochs() -> None:
-    order = BatchOrder([Bucket(1, 64, 64)] * 6 + [Bucket(5, 64, 64)] * 6, 2, seed=0)
-    first = Counter(epoch_of(order, epoch)[0][0] for epoch in range(600))
+    order = plain([IMAGE] * 6 + [Bucket(5, 64, 64)] * 6, 2, seed=0)
+    first = Counter(epoch[0][0] for epoch in epochs_of(order, 600))
     assert set(first) == set(range(12))
     assert all(20 < count < 90 for count in first.values())  # 50 each on average
 
 
-def test_captions_drop_at_the_given_rate_in_every_slot() -> None:
-    for slot in range(3):
-        drops = [caption_dropped(0, place, slot, 0.1) for place in range(3000)]
-        assert 0.08 < sum(drops) / len(drops) < 0.12
-    slots = [[caption_dropped(0, place, slot, 0.5) for place in range(50)] for slot in range(2)]
-    assert slots[0] != slots[1]
-    assert slots[0] == [caption_dropped(0, place, 0, 0.5) for place in range(50)]
-    assert not any(caption_dropped(0, place, 0, 0.0) for place in range(99))
-    assert all(caption_dropped(0, place, 0, 1.0) for place in range(99))
+@pytest.mark.parametrize("visits", [2.0, 0.5, 1 / 3, 2.5, 0.3])
+def test_a_clip_is_seen_as_often_as_its_visits_add_up_to(visits: float) -> None:
+    order = BatchOrder([IMAGE] * 9, [visits] * 9, 1, seed=3)  # no batch needs completion
+    seen: Counter[int] = Counter()
+    for epoch, batches in enumerate(epochs_of(order, 24), start=1):
+        seen += counts_of(batches)
+        for clip in range(9):
+            phase = clip * GOLDEN % 1
+            assert seen[clip] == floor(epoch * visits + phase)
+            assert abs(seen[clip] - epoch * visits) < 1
 
 
-def test_batch_holds_the_clips_and_their_texts(tmp_path: Path) -> None:
-    latents = [tmp_path / f"latents{i}" for i in range(3)]
-    texts = [tmp_path / f"text{i}" for i in range(3)]
-    for i in range(3):
-        save_file({"latents": torch.full((4, 2, 3, 5), float(i))}, latents[i])
-        save_file({"text": torch.full((i + 1, 6), float(i))}, texts[i])
-    save_file({"text": torch.full((1, 6), -1.0)}, tmp_path / "empty")
+@pytest.mark.parametrize("rest", [2, 3])
+def test_a_fraction_comes_once_in_so_many_epochs_and_not_all_at_once(rest: int) -> None:
+    epochs = epochs_of(BatchOrder([IMAGE] * 12, [1 / rest] * 12, 1, seed=0), 12)
+    for start in range(12 - rest + 1):
+        window = sum((counts_of(epoch) for epoch in epochs[start : start + rest]), Counter())
+        assert window == Counter(range(12))  # each once, wherever one begins to count
+    sizes = [len(epoch) for epoch in epochs]
+    assert max(sizes) - min(sizes) <= 2  # different clips rest in different epochs
 
-    def load(dropout: float) -> list[float]:
-        batch = load_batch([2, 0], latents, texts, tmp_path / "empty", 0, 7, dropout)
-        assert batch.indices == [2, 0]
-        assert batch.latents.shape == (2, 4, 2, 3, 5)
-        assert batch.latents[:, 0, 0, 0, 0].tolist() == [2, 0]
-        return [text[0, 0].item() for text in batch.text]
 
-    assert load(0.0) == [2, 0]
-    assert load(1.0) == [-1, -1]
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_mixed_visits_drop_nothing_and_fill_every_batch(batch_size: int) -> None:
+    visits = [2.0, 1.0, 0.5, 1 / 3] * 3
+    buckets = [Bucket(1 + 4 * (clip % 3), 64, 64) for clip in range(12)]
+    epochs = epochs_of(BatchOrder(buckets, visits, batch_size, seed=1), 6)
+    seen = sum((counts_of(epoch) for epoch in epochs), Counter())
+    assert all(seen[clip] >= 6 * visits[clip] - 1e-9 for clip in range(12))
+    for batch in (batch for epoch in epochs for batch in epoch):
+        assert len(batch) == batch_size
+        assert len({buckets[clip] for clip in batch}) == 1
+    least = sum(6 * times for times in visits)
+    groups = sum(len({buckets[clip] for clip in counts_of(epoch)}) for epoch in epochs)
+    assert sum(seen.values()) <= least + groups * (batch_size - 1)  # completion, and no more
+
+
+def test_an_epoch_in_which_all_rest_is_passed_over() -> None:
+    order = BatchOrder([IMAGE], [0.25], 2, seed=0)
+    assert [order.batches_in_epoch(epoch) for epoch in range(8)] == [0, 0, 0, 1, 0, 0, 0, 1]
+    assert [order.indices(place) for place in range(5)] == [[0, 0]] * 5
+
+
+def test_sources_share_the_batches_as_their_weights_say() -> None:
+    weights = [1.0] * 20 + [0.25] * 20 + [3.0] * 4
+    order = BatchOrder([IMAGE] * 44, weights, 4, seed=2)
+    seen = Counter(clip for place in range(2000) for clip in order.indices(place))
+    shares = [
+        sum(seen[clip] for clip in part) for part in (range(20), range(20, 40), range(40, 44))
+    ]
+    expected = [20 / 37, 5 / 37, 12 / 37]
+    assert [share / 8000 for share in shares] == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_see_together_what_one_sees(processes: int) -> None:
+    visits = [2.0, 0.5, 1.0, 1.0, 1 / 3, 1.0, 1.0, 1.0, 2.0, 1.0, 1.0]
+    one = BatchOrder(BUCKETS, visits, 2, seed=4)
+    several = [BatchOrder(BUCKETS, visits, 2, seed=4) for _ in range(processes)]
+    seen = [
+        several[process].indices(turn * processes + process)
+        for turn in range(20)
+        for process in range(processes)
+    ]
+    assert seen == [one.indices(place) for place in range(20 * processes)]
+
+
+def test_a_saved_place_is_found_again() -> None:
+    order = BatchOrder(BUCKETS, [0.5] * 11, 2, seed=0)
+    expected = [order.indices(place) for place in range(17, 30)]
+    state = json.loads(json.dumps(order.state(17)))
+    again = BatchOrder(BUCKETS, [0.5] * 11, 2, seed=0)
+    place = again.place_of(state)
+    assert place == 17
+    assert [again.indices(place + step) for step in range(13)] == expected
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        BatchOrder(BUCKETS[1:], [1.0] * 10, 2, 0),
+        BatchOrder(BUCKETS[::-1], [1.0] * 11, 2, 0),
+        BatchOrder(BUCKETS, [1.0] * 10 + [2.0], 2, 0),
+        BatchOrder(BUCKETS, [1.0] * 11, 3, 0),
+        BatchOrder(BUCKETS, [1.0] * 11, 2, 1),
+        BatchOrder(BUCKETS, [1.0] * 11, 2, 0, "other clips"),
+    ],
+    ids=["clips", "shapes", "visits", "batch size", "seed", "clips"],
+)
+def test_a_place_of_another_order_is_refused(other: BatchOrder) -> None:
+    with pytest.raises(DataError, match=r"place 17 .*another order.*restore them, or start anew"):
+        other.place_of(plain(BUCKETS, 2, 0).state(17))

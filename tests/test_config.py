@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from train.config import CONF, Config, compose, resolved_yaml, schema, typed
+from train.compose import CONF, compose, resolved_yaml, trained_experts, typed
+from train.config import Config, schema
 from train.errors import explain
+from wan.variants import VARIANTS
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 KEY_BUDGET = 120  # a new key must earn its place
@@ -23,7 +25,7 @@ def leaves(file: Path, prefix: str = "") -> dict[str, object]:
         found: dict[str, object] = {}
         for name, value in values.items():
             here = f"{path}{name}"
-            if isinstance(value, dict) and here != "optim.args":
+            if isinstance(value, dict) and value and here != "optim.args":
                 found |= walk(value, f"{here}.")
             else:
                 found[here] = value
@@ -57,6 +59,7 @@ def test_the_yaml_files_give_the_defaults_of_the_schema() -> None:
         leaves(CONF / "config.yaml")
         | leaves(CONF / "model/t2v_a14b.yaml", "model.")
         | leaves(CONF / "optim/adamw.yaml", "optim.")
+        | leaves(CONF / "speed/swap.yaml", "speed.")
     )
     assert given == {path: key.default for path, key in schema().items()}
 
@@ -69,7 +72,7 @@ def test_there_are_few_keys_and_each_has_a_meaning() -> None:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_begins_with_a_command_that_works(experiment: str) -> None:
     config = compose(command_of(experiment))
-    assert config.experts == ["high", "low"]
+    assert trained_experts(config) == VARIANTS[config.model.variant].experts
     assert config.output_dir == f"outputs/{config.name}"
 
 
@@ -105,7 +108,7 @@ def test_the_resolved_settings_of_a_run_give_the_same_run_again() -> None:
         ("zzz=3", "zzz is not a key. conf/config.yaml lists them all."),
         ("experment=demo", "did you mean experiment (a file of conf/experiment)?"),
         ("experiment=dmeo", "no file conf/experiment/dmeo.yaml; did you mean demo?"),
-        ("model=5b", "no file conf/model/5b.yaml; there are t2v_a14b, tiny."),
+        ("model=5b", "no file conf/model/5b.yaml; there are i2v_a14b, t2v_a14b, ti2v_5b, tiny."),
         ("demo", "demo is not a setting: write key=value"),
         ("'lora.rank=[1'", "lora.rank=[1 cannot be read. Put a value with"),
         ("data.trigger=Zørbi", "letters beyond a to z into two kinds of quotes"),
@@ -134,7 +137,7 @@ def test_a_setting_that_does_not_exist_or_fit_is_explained(arguments: str, expec
         ("turn_steps=0", "turn_steps is 0: "),
         ("low.learning_rate=nan", "low.learning_rate is nan: expected a number above 0"),
         ("lora.targets=atention", "expected one of all, attention, self_attention, ffn"),
-        ("model.variant=t2v", "expected one of t2v_a14b, tiny"),
+        ("model.variant=t2v", "expected one of t2v_a14b, i2v_a14b, ti2v_5b, tiny"),
         ("data.frames=16", "data.frames is 16: expected 4n+1 frames"),
         ("preview.frames=12", "preview.frames is 12: "),
         ("data.caption_dropout=1", "data.caption_dropout is 1.0: "),
@@ -147,8 +150,18 @@ def test_a_setting_that_does_not_exist_or_fit_is_explained(arguments: str, expec
         ("+optim.args.lr=1", "the learning rate is set as optim.learning_rate"),
         ("timesteps.scale=2", "no effect with timesteps.base=uniform"),
         ("data.heldout_fraction=0.2", "no effect next to data.heldout_path"),
-        ("data.heldout_path=./datasets/demo/train", "the folder that is trained on"),
+        ("data.heldout_path=./datasets/demo/train", "what is trained on"),
         ("model.variant=t2v_a14b", "only the variant tiny lies in this repository"),
+        ("experts=[single]", "Wan 2.2 T2V pair at toy size) has high and low"),
+        ("data.windows=3", "no effect with data.extraction=head"),
+        ("data.stride=8", "set data.extraction=sliding"),
+        ("data.extraction=uniform", "Set data.windows to how many"),
+        ("data.scales=[1,0]", "data.scales is [1.0, 0.0]: "),
+        ("condition.first_frame=0.5", "it is a setting of Wan 2.2 TI2V-5B"),
+        ("condition.last_frame=1", "it is a setting of Wan 2.2 I2V-A14B"),
+        ("preview.images=[a.png]", "takes no image"),
+        ("+data.mix.x={path: a, weight: 0}", "data.mix.x.weight is 0.0: expected a number above 0"),
+        ("+data.mix.x={weight: 2}", "not set: data.mix.x.path (folder, manifest"),
     ],
 )
 def test_a_value_that_cannot_work_is_refused(setting: str, expected: str) -> None:
@@ -171,13 +184,13 @@ def test_a_mistake_in_a_file_names_the_file(line: str, expected: str, tmp_path: 
 ENTRY = """
 import hydra
 from omegaconf import DictConfig
-from train import config
+from train import compose
 from train.errors import clear_errors
 
 @hydra.main(version_base="1.3", config_path={conf!r}, config_name="config")
 def main(cfg: DictConfig) -> None:
     with clear_errors():
-        print(config.typed(cfg).lora.rank / cfg.batch_size - 2 or 1 / 0)
+        print(compose.typed(cfg).lora.rank / cfg.batch_size - 2 or 1 / 0)
 
 if __name__ == "__main__":
     with clear_errors():
@@ -223,3 +236,35 @@ def run_entry(folder: Path, arguments: list[str]) -> subprocess.CompletedProcess
         text=True,
         check=False,
     )
+
+
+def test_further_datasets_have_names_of_the_users_choice() -> None:
+    config = compose(["experiment=demo", "+data.mix.faces={path: a.csv, weight: 0.5}"])
+    source = config.data.mix["faces"]
+    assert (source.path, source.weight, source.loss_weight) == ("a.csv", 0.5, 1.0)
+    assert resolved_yaml(config).count("a.csv") == 1
+    expected = "data.mix.faces.wieght is not a key; did you mean data.mix.faces.weight"
+    assert expected in mistake("experiment=demo '+data.mix.faces={path: a, wieght: 2}'")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("model=i2v_a14b preview.prompts=[a]", "set without preview.images"),
+        (
+            "model=i2v_a14b preview.prompts=[a] preview.images=[b,c]",
+            "holds 2 and preview.prompts 1",
+        ),
+        ("model=ti2v_5b model.high=x", "model.high is x, but Wan 2.2 TI2V-5B has one transformer"),
+        ("model=ti2v_5b experts=[low]", "experts holds low, but Wan 2.2 TI2V-5B has single"),
+        ("model=ti2v_5b condition.last_frame=1", "it is a setting of Wan 2.2 I2V-A14B"),
+    ],
+)
+def test_settings_that_the_model_does_not_have_are_refused(arguments: str, expected: str) -> None:
+    assert expected in mistake(f"name=x data.path=x model.path=x {arguments}")
+
+
+def test_each_variant_trains_all_of_its_experts_by_default() -> None:
+    for name, facts in VARIANTS.items():
+        config = compose(["name=x", "data.path=x", "model.path=x", f"model={name}"])
+        assert trained_experts(config) == facts.experts

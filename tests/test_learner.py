@@ -1,92 +1,52 @@
 """One expert in training: exact repetition, a frozen base, and a stop at the first NaN."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor
 
-from data.batches import caption_dropped
-from data.cache import load_latents, load_text
-from train.config import Config, compose
-from train.dataset import EncodedDataset, encode_dataset, plan_dataset
-from train.learner import Learner, StepFigures, TrainingStopped, make_learner, train_step
+from data.batches import happens
+from tests import toy_runs
+from tests.toy_runs import Training, batch_of, encoded, make_image, planned, start
+from train.config import Config
+from train.encode import EncodedDataset
+from train.learner import TrainingStopped, make_learner
 from train.optim import learning_rate_at
 from train.step import draw_noise, velocity_error
-from wan.checkpoints import ModelFolder, find_model
-from wan.experts import Experts, load_experts
+from wan.checkpoints import Model, ModelPaths, find_model
 from wan.flow import bin_edges, expert_range, mix_seed
-from wan.lora import adapter_parameters, adapter_state
-from wan.variants import EXPERTS, Expert, variant
+from wan.lora import adapter_parameters
+from wan.variants import EXPERTS, variant
 
 TINY = variant("tiny")
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def model(toy_model: Path) -> ModelFolder:
-    return find_model(str(toy_model), "tiny")
+def model(toy_model: Path) -> Model:
+    return find_model(ModelPaths(str(toy_model)), "tiny")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six images; one or more of them will be held out."""
     path = tmp_path_factory.mktemp("learner") / "data"
-    path.mkdir()
     for seed in range(6):
-        pixels = np.random.default_rng(seed).integers(0, 256, (32, 48, 3), np.uint8)
-        Image.fromarray(pixels).save(path / f"picture_{seed}.png")
-        (path / f"picture_{seed}.txt").write_text(f"caption {seed}")
+        make_image(path / f"picture_{seed}.png", seed, f"caption {seed}")
     return path
 
 
 def config_of(folder: Path, *overrides: str) -> Config:
-    return compose(
-        [
-            "name=toy", "model=tiny", f"data.path={folder}",
-            f"data.cache={folder.parent / 'cache'}", "data.height=32", "data.width=48",
-            "data.frames=1", "lora.rank=2", "steps=9",
-            "optim.warmup_steps=3", "optim.learning_rate=0.01", "batch_size=2", "accumulate=2",
-            "data.caption_dropout=0.5", "eval.bins=3", *overrides,
-        ]
+    return toy_runs.config_of(
+        folder, Path("embedded"), "data.frames=1", "steps=9", "optim.warmup_steps=3",
+        "optim.learning_rate=0.01", "batch_size=2", "accumulate=2", "data.caption_dropout=0.5",
+        "eval.bins=3", *overrides,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def dataset(folder: Path, model: ModelFolder) -> EncodedDataset:
-    config = config_of(folder)
-    clips = plan_dataset(config.data, TINY)
-    return encode_dataset(clips, [], config, model, CPU, lambda steps, _: steps)
-
-
-@dataclass
-class Training:
-    """One expert with all that its steps need."""
-
-    config: Config
-    experts: Experts
-    learner: Learner
-    dataset: EncodedDataset
-
-    def step(self, step: int) -> StepFigures:
-        return train_step(
-            self.learner, step, self.config, TINY, self.experts, self.dataset, Accelerator()
-        )
-
-    def adapter(self) -> dict[str, Tensor]:
-        return adapter_state(self.experts[self.learner.expert])
-
-
-def start(
-    config: Config, model: ModelFolder, dataset: EncodedDataset, expert: Expert = "low"
-) -> Training:
-    experts = load_experts(model, getattr(torch, config.model.dtype), CPU)
-    learner = make_learner(expert, config, TINY, experts, dataset)
-    return Training(config, experts, learner, dataset)
+def dataset(folder: Path, toy_model: Path) -> EncodedDataset:
+    return encoded(config_of(folder, f"model.path={toy_model}"))
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -94,7 +54,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def test_a_learner_has_the_settings_of_its_expert(
-    folder: Path, model: ModelFolder, dataset: EncodedDataset
+    folder: Path, model: Model, dataset: EncodedDataset
 ) -> None:
     config = config_of(folder, "high.rank=3", "high.learning_rate=0.5", "high.steps=7")
     for expert in EXPERTS:
@@ -111,7 +71,7 @@ def test_a_learner_has_the_settings_of_its_expert(
 
 
 def test_the_optimizer_moves_the_adapter_and_nothing_else(
-    folder: Path, model: ModelFolder, dataset: EncodedDataset
+    folder: Path, model: Model, dataset: EncodedDataset
 ) -> None:
     training = start(config_of(folder), model, dataset)
     transformer = training.experts["low"]
@@ -130,7 +90,7 @@ def test_the_optimizer_moves_the_adapter_and_nothing_else(
 
 
 def test_two_trainings_of_one_config_are_the_same_to_the_bit(
-    folder: Path, model: ModelFolder, dataset: EncodedDataset
+    folder: Path, model: Model, dataset: EncodedDataset
 ) -> None:
     runs = []
     for rng in (1, 2):
@@ -146,7 +106,7 @@ def test_two_trainings_of_one_config_are_the_same_to_the_bit(
 
 
 def test_dropout_of_the_adapter_is_a_function_of_the_place_too(
-    folder: Path, model: ModelFolder, dataset: EncodedDataset
+    folder: Path, model: Model, dataset: EncodedDataset
 ) -> None:
     states = []
     for rng in (1, 2):
@@ -159,7 +119,7 @@ def test_dropout_of_the_adapter_is_a_function_of_the_place_too(
 
 
 def test_turns_of_the_other_expert_change_nothing(
-    folder: Path, model: ModelFolder, dataset: EncodedDataset
+    folder: Path, model: Model, dataset: EncodedDataset
 ) -> None:
     alone = start(config_of(folder), model, dataset)
     beside = start(config_of(folder), model, dataset)
@@ -173,7 +133,7 @@ def test_turns_of_the_other_expert_change_nothing(
 
 
 def test_seeds_and_experts_train_differently(
-    folder: Path, model: ModelFolder, dataset: EncodedDataset
+    folder: Path, model: Model, dataset: EncodedDataset
 ) -> None:
     first = start(config_of(folder), model, dataset)
     reseeded = start(config_of(folder, "seed=1"), model, dataset)
@@ -181,25 +141,22 @@ def test_seeds_and_experts_train_differently(
     assert not torch.equal(first.step(0).sigmas, reseeded.step(0).sigmas)
 
 
-def test_a_step_is_what_its_places_say(
-    folder: Path, model: ModelFolder, dataset: EncodedDataset
-) -> None:
+def test_a_step_is_what_its_places_say(folder: Path, model: Model, dataset: EncodedDataset) -> None:
     training = start(config_of(folder, "optim.max_grad_norm=1e9"), model, dataset)
     learner, step = training.learner, 4
     losses, sigmas = [], []
     for place in (8, 9):  # two batches of two clips in each step
-        indices = learner.order.indices(place)
-        latents = torch.stack([load_latents(dataset.train.latents[i]) for i in indices])
-        dropped = [caption_dropped(learner.seed, place, slot, 0.5) for slot in range(2)]
+        clips = [dataset.train.clips[index] for index in learner.order.indices(place)]
+        latents = torch.stack([dataset.train.pictures.latents.read(clip.latents) for clip in clips])
+        dropped = [happens(learner.seed, "dropout", place, slot, 0.5) for slot in range(2)]
         text = [
-            load_text(dataset.empty_text if drop else dataset.train.text[i])
-            for i, drop in zip(indices, dropped, strict=True)
+            dataset.train.text.read(dataset.train.no_caption if drop else clip.captions[0])
+            for clip, drop in zip(clips, dropped, strict=True)
         ]
         draw = draw_noise(
             learner.law, learner.sigma_range, latents.shape, learner.seed, 2 * place, True
         )
-        transformer = training.experts["low"]
-        losses.append(velocity_error(transformer, latents, text, draw, TINY.text_len))
+        losses.append(velocity_error(training.experts["low"], batch_of(latents, text), draw, TINY))
         sigmas.append(draw.sigma)
     gradients = torch.autograd.grad(torch.cat(losses).mean(), learner.parameters)
     norm = torch.cat([g.flatten() for g in gradients]).norm()
@@ -213,7 +170,7 @@ def test_a_step_is_what_its_places_say(
 
 
 def test_gradients_are_clipped_and_told_before_clipping(
-    folder: Path, model: ModelFolder, dataset: EncodedDataset
+    folder: Path, model: Model, dataset: EncodedDataset
 ) -> None:
     # Plain gradient descent shows the length of its gradient.
     config = config_of(folder, "optim.name=torch.optim.SGD", "optim.max_grad_norm=1e-6")
@@ -227,7 +184,7 @@ def test_gradients_are_clipped_and_told_before_clipping(
 
 
 def test_the_learning_rate_is_that_of_the_expert_and_the_step(
-    folder: Path, model: ModelFolder, dataset: EncodedDataset
+    folder: Path, model: Model, dataset: EncodedDataset
 ) -> None:
     config = config_of(folder, "optim.schedule=linear", "low.learning_rate=0.25", "low.steps=8")
     training = start(config, model, dataset)
@@ -237,7 +194,7 @@ def test_the_learning_rate_is_that_of_the_expert_and_the_step(
         assert training.learner.optimizer.param_groups[0]["lr"] == figures.learning_rate
 
 
-def test_training_learns(folder: Path, model: ModelFolder, dataset: EncodedDataset) -> None:
+def test_training_learns(folder: Path, model: Model, dataset: EncodedDataset) -> None:
     config = config_of(folder, "steps=40", "optim.learning_rate=0.03", "data.caption_dropout=0")
     training = start(config, model, dataset)
     losses = [training.step(step).loss for step in range(40)]
@@ -245,7 +202,7 @@ def test_training_learns(folder: Path, model: ModelFolder, dataset: EncodedDatas
 
 
 def test_gradient_checkpointing_changes_no_step(
-    folder: Path, model: ModelFolder, dataset: EncodedDataset
+    folder: Path, model: Model, dataset: EncodedDataset
 ) -> None:
     states = []
     for value in ("true", "false"):
@@ -259,7 +216,7 @@ def test_gradient_checkpointing_changes_no_step(
 
 
 def test_a_bf16_base_trains_fp32_adapters(
-    folder: Path, model: ModelFolder, dataset: EncodedDataset
+    folder: Path, model: Model, dataset: EncodedDataset
 ) -> None:
     training = start(config_of(folder, "model.dtype=bfloat16"), model, dataset)
     before = training.adapter()
@@ -271,7 +228,7 @@ def test_a_bf16_base_trains_fp32_adapters(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_before_the_update(
-    folder: Path, model: ModelFolder, dataset: EncodedDataset, value: float
+    folder: Path, model: Model, dataset: EncodedDataset, value: float
 ) -> None:
     config = config_of(folder, "accumulate=1")
     training = start(config, model, dataset, "high")
@@ -286,7 +243,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     message = str(caught.value)
     assert "high expert, step 2" in message
     assert "Lower high.learning_rate" in message
-    clips = plan_dataset(config.data, TINY).train
+    clips = planned(config).train
     for index in learner.order.indices(1):
         assert clips[index].item.name in message
     after = training.adapter()
@@ -297,7 +254,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
 
 
 def test_a_stop_names_the_clips_of_all_passes(
-    folder: Path, model: ModelFolder, dataset: EncodedDataset
+    folder: Path, model: Model, dataset: EncodedDataset
 ) -> None:
     config = config_of(folder, "accumulate=2", "batch_size=1")
     training = start(config, model, dataset)
@@ -307,6 +264,6 @@ def test_a_stop_names_the_clips_of_all_passes(
         training.learner.parameters[0][0, 0] = float("nan")
     with pytest.raises(TrainingStopped) as caught:
         training.step(step)
-    clips = plan_dataset(config.data, TINY).train
+    clips = planned(config).train
     for place in (2 * step, 2 * step + 1):
         assert clips[order.indices(place)[0]].item.name in str(caught.value)

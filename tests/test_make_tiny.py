@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from tools import judge, make_tiny, tiny_denoiser, tiny_vae, world
-from wan.checkpoints import find_model, load_transformer
+from wan.checkpoints import ModelPaths, find_model, load_transformer
 
 CPU = torch.device("cpu")
 
@@ -81,7 +81,7 @@ def test_stages_hand_over_and_assemble_a_folder_that_loads(
     monkeypatch.setattr(make_tiny, "BANK_PICTURES", 64)
     make_tiny.stage_denoisers(build, seconds=2, device=CPU, scale=4)
     make_tiny.stage_assemble(build, target, judge_path=tmp_path / "judge.safetensors")
-    folder = find_model(str(target), "tiny")
+    folder = find_model(ModelPaths(str(target)), "tiny")
     high = load_transformer(folder, "high", torch.float32, "cpu").state_dict()
     low = load_transformer(folder, "low", torch.float32, "cpu").state_dict()
     joint = load_file(build / "joint.safetensors")

@@ -11,12 +11,13 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from PIL import Image
 from torch import Tensor
 
-from train.config import PreviewConfig, compose
+from tests.toy_runs import config_of, make_image, silent
+from train.config import PreviewConfig
 from train.lora import check
 from train.preview import PreviewPlan, Shot, plan_previews, render, save_samples
 from train.rules import ConfigError
 from train.video_files import LABEL_HEIGHT, side_by_side, write_mp4, write_sheet
-from wan.checkpoints import find_model, load_vae
+from wan.checkpoints import ModelPaths, find_model, load_vae
 from wan.experts import Experts, load_experts
 from wan.variants import EXPERTS, Guidance, Variant, variant
 
@@ -26,12 +27,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def experts(toy_model: Path) -> Experts:
-    return load_experts(find_model(str(toy_model), "tiny"), torch.float32, CPU)
+    return load_experts(find_model(ModelPaths(str(toy_model)), "tiny"), torch.float32, CPU)
 
 
 @pytest.fixture(scope="module")
 def vae(toy_model: Path) -> AutoencoderKLWan:
-    return load_vae(find_model(str(toy_model), "tiny"), torch.float32, CPU)
+    return load_vae(find_model(ModelPaths(str(toy_model)), "tiny"), torch.float32, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -109,17 +110,29 @@ def test_each_prompt_is_rendered_with_each_seed() -> None:
 def test_a_size_that_does_not_fit_is_told_before_any_weight_is_read(
     toy_model: Path, tmp_path: Path, key: str
 ) -> None:
-    for name in ("a", "b"):
-        Image.new("RGB", (32, 32), "red").save(tmp_path / f"{name}.png")
-        (tmp_path / f"{name}.txt").write_text("a red square")
-    config = compose(
-        [
-            "name=toy", "model=tiny", f"model.path={toy_model}", f"data.path={tmp_path}",
-            "data.height=32", "data.width=32", "preview.prompts=[a]", f"preview.{key}=40",
-        ]
-    )  # fmt: skip
+    for seed in range(2):
+        make_image(tmp_path / "data" / f"{seed}.png", seed, "noise")
+    config = config_of(tmp_path / "data", toy_model, "preview.prompts=[a]", f"preview.{key}=40")
     with pytest.raises(ConfigError, match=rf"preview\.{key}.*40.*16"):
-        check(config)
+        check(config, silent)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("clip.mp4", "is no image; give a .png"),
+        ("missing.png", "does not exist"),
+        ("broken.png", "is damaged or cut short"),
+    ],
+)
+def test_an_image_that_cannot_be_used_is_told_with_the_key(
+    tmp_path: Path, name: str, words: str
+) -> None:
+    (tmp_path / "clip.mp4").write_bytes(b"-")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
+    preview = PreviewConfig(prompts=["a ball"], images=[str(tmp_path / name)])
+    with pytest.raises(ConfigError, match=rf"preview\.images.*{name}.*{words}"):
+        plan_previews(preview, variant("ti2v_5b"), 1)
 
 
 def test_rendering_twice_gives_the_same_videos(
@@ -181,7 +194,8 @@ def test_training_mode_is_left_as_it_was(
 ) -> None:
     seen: set[bool] = set()
     hooks = [
-        e.register_forward_pre_hook(lambda m, _: seen.add(m.training)) for e in experts.values()
+        expert.patch_embedding.register_forward_pre_hook(lambda m, _: seen.add(m.training))
+        for expert in experts.values()
     ]
     for expert, mode in zip(EXPERTS, training, strict=True):
         experts[expert].train(mode)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from train import compose as settings
 from train import config
 
 ROOT = Path(__file__).parent.parent
@@ -19,9 +20,9 @@ def test_its_training_commands_compose(command: str) -> None:
     overrides = re.findall(r"[\w.]+=\S+", command)
     if "lora.rnak=8" in overrides:
         with pytest.raises(Exception, match="rnak"):
-            config.compose(overrides)
+            settings.compose(overrides)
     else:
-        config.compose(overrides)
+        settings.compose(overrides)
 
 
 def test_it_has_the_two_commands_and_they_exist() -> None:

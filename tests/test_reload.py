@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from wan.checkpoints import find_model
+from wan.checkpoints import ModelPaths, find_model
 from wan.experts import Experts, load_experts
 from wan.lora import adapter_layers, adapter_parameters, adapter_state, attach, target_modules
 from wan.lora_format import export_adapter
@@ -25,7 +25,7 @@ RANK, ALPHA = 3, 4.5  # a scale other than 1
 def experts(toy_model: Path, request: pytest.FixtureRequest) -> Experts:
     """A pair in training whose adapters look trained; fp32 unless the test asks for another."""
     dtype = getattr(request, "param", torch.float32)
-    pair = load_experts(find_model(str(toy_model), "tiny"), dtype, torch.device("cpu"))
+    pair = load_experts(find_model(ModelPaths(str(toy_model)), "tiny"), dtype, torch.device("cpu"))
     for seed, expert in enumerate(EXPERTS):
         attach(pair[expert], RANK, ALPHA, target_modules("all"), dropout=0.5, seed=seed)
         pair[expert].train()
@@ -133,7 +133,9 @@ def test_the_proof_can_be_repeated(tmp_path: Path, experts: Experts) -> None:
 
 
 def test_an_untrained_adapter_divides_by_no_zero(tmp_path: Path, toy_model: Path) -> None:
-    pair = load_experts(find_model(str(toy_model), "tiny"), torch.float32, torch.device("cpu"))
+    pair = load_experts(
+        find_model(ModelPaths(str(toy_model)), "tiny"), torch.float32, torch.device("cpu")
+    )
     for seed, expert in enumerate(EXPERTS):
         attach(pair[expert], RANK, ALPHA, target_modules("all"), 0.0, seed)
     assert errors_of(pair, export(tmp_path, pair)) == {"high": 0, "low": 0}

@@ -4,22 +4,22 @@ import json
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from safetensors import safe_open
 
-from train.config import Config, compose, resolved_yaml
-from train.dataset import EncodedDataset, encode_dataset, plan_dataset
+from tests import toy_runs
+from train.compose import resolved_yaml, trained_experts
+from train.config import Config
+from train.encode import EncodedDataset
 from train.export import Exporter
 from train.learner import Learner, make_learner
 from train.lora import check
 from train.rules import ConfigError
 from train.run_folder import open_run_folder, write_summary
 from train.validate import HeldoutLoss
-from wan.checkpoints import ModelFolder, component_hash, find_model
+from wan.checkpoints import Model, ModelPaths, component_hash, find_model
 from wan.experts import Experts, load_experts
 from wan.lora import adapter_parameters, adapter_state
 from wan.lora_format import read_adapter
@@ -31,49 +31,40 @@ LOSSES = [HeldoutLoss("high", 0.5, 0.1, [0.5], [0.875, 1.0])]
 
 
 def config_of(folder: Path, *overrides: str) -> Config:
-    return compose(
-        [
-            "name=toy", "model=tiny", f"output_dir={folder / 'out' / 'toy'}",
-            f"data.path={folder / 'data'}", f"data.cache={folder / 'cache'}", "data.height=32",
-            "data.width=48", "data.frames=1", "lora.rank=2", "lora.alpha=3", *overrides,
-        ]
-    )  # fmt: skip
+    own = [f"output_dir={folder / 'out' / 'toy'}", "data.frames=1", "lora.alpha=3"]
+    return toy_runs.config_of(folder / "data", Path("embedded"), *own, *overrides)
 
 
 @pytest.fixture(scope="module")
-def model(toy_model: Path) -> ModelFolder:
-    return find_model(str(toy_model), "tiny")
+def model(toy_model: Path) -> Model:
+    return find_model(ModelPaths(str(toy_model)), "tiny")
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a dataset of three images."""
     path = tmp_path_factory.mktemp("run_folder")
-    (path / "data").mkdir()
     for seed in range(3):
-        pixels = np.random.default_rng(seed).integers(0, 256, (32, 48, 3), np.uint8)
-        Image.fromarray(pixels).save(path / "data" / f"{seed}.png")
-        (path / "data" / f"{seed}.txt").write_text("noise")
+        toy_runs.make_image(path / "data" / f"{seed}.png", seed, "noise")
     return path
 
 
 @pytest.fixture(scope="module")
-def dataset(home: Path, model: ModelFolder) -> EncodedDataset:
-    config = config_of(home)
-    clips = plan_dataset(config.data, TINY)
-    return encode_dataset(clips, [], config, model, CPU, lambda steps, _: steps)
+def dataset(home: Path, toy_model: Path) -> EncodedDataset:
+    return toy_runs.encoded(config_of(home, f"model.path={toy_model}"))
 
 
 def trained(
-    config: Config, model: ModelFolder, dataset: EncodedDataset
+    config: Config, model: Model, dataset: EncodedDataset
 ) -> tuple[Experts, dict[Expert, Learner]]:
     """A pair whose adapters look trained."""
     experts = load_experts(model, torch.float32, CPU)
-    learners = {
-        expert: make_learner(expert, config, TINY, experts, dataset) for expert in config.experts
+    learners: dict[Expert, Learner] = {
+        expert: make_learner(expert, config, TINY, experts, dataset)
+        for expert in trained_experts(config)
     }
-    for steps, (expert, learner) in enumerate(learners.items(), start=5):
-        learner.steps_done = steps
+    for steps, expert in enumerate(learners, start=5):
+        learners[expert].steps_done = steps
         with torch.no_grad():
             for parameter in adapter_parameters(experts[expert]):
                 parameter.copy_(torch.randn_like(parameter))
@@ -146,7 +137,7 @@ def test_the_summary_is_json_for_programs(tmp_path: Path) -> None:
 
 
 def test_the_pair_is_named_for_the_run_and_the_experts(
-    tmp_path: Path, home: Path, model: ModelFolder, dataset: EncodedDataset
+    tmp_path: Path, home: Path, model: Model, dataset: EncodedDataset
 ) -> None:
     config = config_of(home, "export.dtype=float32")
     experts, learners = trained(config, model, dataset)
@@ -166,7 +157,7 @@ def test_the_pair_is_named_for_the_run_and_the_experts(
 
 
 def test_files_say_what_they_were_trained_from(
-    tmp_path: Path, home: Path, model: ModelFolder, dataset: EncodedDataset
+    tmp_path: Path, home: Path, model: Model, dataset: EncodedDataset
 ) -> None:
     config = config_of(
         home, "data.trigger=zorbi", "export.author=Ada", "low.learning_rate=0.5", "seed=3"
@@ -179,12 +170,12 @@ def test_files_say_what_they_were_trained_from(
     assert low["ss_steps"] == "6"
     assert float(low["ss_learning_rate"]) == 0.5
     assert high["modelspec.author"] == "Ada"
-    sources = [(high, "transformer"), (low, "transformer_2")]
-    for entries, component in sources:
+    sources: list[tuple[dict[str, str], Expert]] = [(high, "high"), (low, "low")]
+    for entries, expert in sources:
         text = "\n".join(entries.values())
         assert "zorbi" in text
         assert dataset.fingerprint() in text
-        assert component_hash(model, component) in text
+        assert component_hash(model, expert) in text
     pair_id = next(name for name in high if name.endswith("pair_id"))
     assert high[pair_id] == low[pair_id] != ""
     loss = next(name for name in high if name.endswith("heldout_loss"))
@@ -193,7 +184,7 @@ def test_files_say_what_they_were_trained_from(
 
 
 def test_dates_are_iso_with_a_time_zone(
-    tmp_path: Path, home: Path, model: ModelFolder, dataset: EncodedDataset
+    tmp_path: Path, home: Path, model: Model, dataset: EncodedDataset
 ) -> None:
     config = config_of(home)
     exporter = Exporter(config, model, dataset, tmp_path)
@@ -204,7 +195,7 @@ def test_dates_are_iso_with_a_time_zone(
 
 
 def test_one_trained_expert_gives_one_file(
-    tmp_path: Path, home: Path, model: ModelFolder, dataset: EncodedDataset
+    tmp_path: Path, home: Path, model: Model, dataset: EncodedDataset
 ) -> None:
     config = config_of(home, "experts=[low]")
     exporter = Exporter(config, model, dataset, tmp_path)
@@ -214,7 +205,7 @@ def test_one_trained_expert_gives_one_file(
 
 
 def test_checkpoints_are_whole_files_that_sort_by_step(
-    tmp_path: Path, home: Path, model: ModelFolder, dataset: EncodedDataset
+    tmp_path: Path, home: Path, model: Model, dataset: EncodedDataset
 ) -> None:
     config = config_of(home)
     experts, learners = trained(config, model, dataset)
@@ -237,4 +228,4 @@ def test_a_name_that_cannot_be_exported_is_told_before_training(
 ) -> None:
     # export_adapter refuses it, after all the training
     with pytest.raises(ValueError, match=rf"name.*{name}"):
-        check(config_of(home, f"name={name}", f"model.path={toy_model}"))
+        check(config_of(home, f"name={name}", f"model.path={toy_model}"), toy_runs.silent)

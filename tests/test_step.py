@@ -1,20 +1,25 @@
 """The mathematics of one step: noise by sample number, and the error against one by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from data.batches import Batch
+from tests.toy_runs import batch_of
 from train.step import NoiseDraw, draw_noise, velocity_error
-from wan.checkpoints import find_model, load_transformer
+from wan.checkpoints import ModelPaths, find_model, load_transformer
 from wan.flow import TimestepLaw, expert_range
-from wan.variants import EXPERTS, Expert
+from wan.transformer import sinusoid
+from wan.variants import EXPERTS, Expert, variant
 
 LAW = TimestepLaw("logit_normal", shift=3.0)
 SHAPE = (4, 16, 2, 4, 6)
-TEXT_LEN = 20
+TINY, FP32 = variant("tiny"), torch.float32
 
 
 def draw(count: int, first: int, seed: int = 5, low_discrepancy: bool = True) -> NoiseDraw:
@@ -28,7 +33,7 @@ def random(*shape: int) -> Tensor:
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def transformer(toy_model: Path, request: pytest.FixtureRequest) -> WanTransformer3DModel:
-    folder = find_model(str(toy_model), "tiny")
+    folder = find_model(ModelPaths(str(toy_model)), "tiny")
     return load_transformer(folder, "high", getattr(torch, request.param), "cpu")
 
 
@@ -77,54 +82,71 @@ def test_sigma_is_always_in_the_range_of_the_expert(
 
 
 def test_the_error_is_that_of_a_computation_by_hand(toy_model: Path) -> None:
-    model = load_transformer(find_model(str(toy_model), "tiny"), "low", torch.float32, "cpu")
-    latents, text = random(2, *SHAPE[1:]), [random(3, 32), random(TEXT_LEN, 32)]
+    model = load_transformer(find_model(ModelPaths(str(toy_model)), "tiny"), "low", FP32, "cpu")
+    latents, text = random(2, *SHAPE[1:]), [random(3, 32), random(512, 32)]
     noisy = NoiseDraw(torch.tensor([0.25, 0.8125]), random(2, 16, 2, 4, 6) * 2)
-    error = velocity_error(model, latents, text, noisy, TEXT_LEN)
+    error = velocity_error(model, batch_of(latents, text), noisy, TINY)
 
     for row, sigma in enumerate([0.25, 0.8125]):  # each alone: a sample's error is its own
-        x0, noise = latents[row], noisy.noise[row]
-        padded = torch.cat([text[row], torch.zeros(TEXT_LEN - len(text[row]), 32)])
-        x = (1 - sigma) * x0 + sigma * noise
-        predicted = model(x[None], torch.tensor([1000 * sigma]), padded[None]).sample[0]
-        by_hand = ((predicted - (noise - x0)) ** 2).sum() / x0.numel()
-        assert error[row].item() == pytest.approx(by_hand.item(), rel=1e-5)
+        padded = torch.cat([text[row], torch.zeros(512 - len(text[row]), 32)])
+        expected = by_hand(model, latents[row], padded, sigma, noisy.noise[row])
+        assert error[row].item() == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def by_hand(
+    model: WanTransformer3DModel, x0: Tensor, text: Tensor, sigma: float, noise: Tensor
+) -> float:
+    """The error of one sample, by the library's own forward pass."""
+    x = (1 - sigma) * x0 + sigma * noise
+    predicted = model(x[None], torch.tensor([1000 * sigma]), text[None]).sample[0]
+    return (((predicted - (noise - x0)) ** 2).sum() / x0.numel()).item()
 
 
 def test_the_model_gets_its_dtype_and_padded_text_and_fp32_timesteps(
     transformer: WanTransformer3DModel,
 ) -> None:
-    given: list[Tensor] = []
-    hook = transformer.register_forward_pre_hook(lambda _, inputs: given.extend(inputs))
+    embedder = transformer.condition_embedder
+    given: dict[str, Tensor] = {}
+
+    def note(name: str, part: nn.Module) -> RemovableHandle:
+        return part.register_forward_pre_hook(lambda _, inputs: given.update({name: inputs[0]}))
+
+    hooks = [
+        note("text", embedder.text_embedder),
+        note("time", embedder.time_embedder),
+        note("attention", transformer.get_submodule("blocks.0.attn1")),
+    ]
     noisy = draw(2, 0)
     text = [random(1, 32), random(7, 32)]
-    velocity_error(transformer, random(2, *SHAPE[1:]), text, noisy, TEXT_LEN)
-    hook.remove()
-    x, timestep, padded = given
-    assert x.dtype == padded.dtype == transformer.dtype
-    assert timestep.dtype == torch.float32
-    assert torch.equal(timestep, 1000 * noisy.sigma)
-    assert padded.shape == (2, TEXT_LEN, 32)
-    for row, embedding in zip(padded, text, strict=True):
-        assert torch.equal(row[: len(embedding)], embedding.to(padded.dtype))
+    velocity_error(transformer, batch_of(random(2, *SHAPE[1:]), text), noisy, TINY)
+    for hook in hooks:
+        hook.remove()
+    assert given["attention"].dtype == given["text"].dtype == transformer.dtype
+    assert given["time"].dtype == torch.float32
+    assert torch.equal(given["time"][:, 0], sinusoid(1000 * noisy.sigma, 32))
+    assert given["text"].shape == (2, 512, 32)
+    for row, embedding in zip(given["text"], text, strict=True):
+        assert torch.equal(row[: len(embedding)], embedding.to(row.dtype))
         assert not row[len(embedding) :].any()
 
 
-def test_padding_counts() -> None:
+def test_padding_counts(toy_model: Path) -> None:
     # The model attends to all rows: text that were trimmed would be another condition.
-    torch.manual_seed(0)
-    model = WanTransformer3DModel(
-        num_layers=1, num_attention_heads=2, attention_head_dim=12, ffn_dim=8, freq_dim=8,
-        text_dim=32,
-    )  # fmt: skip
-    latents, text, noisy = random(1, *SHAPE[1:]), [random(3, 32)], draw(1, 0)
-    errors = [velocity_error(model, latents, text, noisy, length) for length in (3, TEXT_LEN)]
-    assert not torch.equal(*errors)
+    model = load_transformer(find_model(ModelPaths(str(toy_model)), "tiny"), "low", FP32, "cpu")
+    latents, text, noisy = random(1, *SHAPE[1:]), random(3, 32), draw(1, 0)
+    error = velocity_error(model, batch_of(latents, [text]), noisy, TINY).item()
+    padded, trimmed = (
+        by_hand(model, latents[0], rows, noisy.sigma.item(), noisy.noise[0])
+        for rows in (torch.cat([text, torch.zeros(509, 32)]), text)
+    )
+    assert error == pytest.approx(padded, rel=1e-5)
+    assert error != pytest.approx(trimmed, rel=1e-4)
 
 
 def test_the_loss_is_fp32_one_for_each_sample(transformer: WanTransformer3DModel) -> None:
-    latents, text = random(2, *SHAPE[1:]), [random(3, 32)] * 2
-    error = velocity_error(transformer, latents, text, draw(2, 0), TEXT_LEN)
+    batch = batch_of(random(2, *SHAPE[1:]), [random(3, 32)] * 2)
+    error = velocity_error(transformer, batch, draw(2, 0), TINY)
     assert error.dtype == torch.float32
     assert error.shape == (2,)
     # Not a sum rounded to bf16, whose mantissa ends after 8 bits.
@@ -132,12 +154,10 @@ def test_the_loss_is_fp32_one_for_each_sample(transformer: WanTransformer3DModel
 
 
 def test_bf16_is_close_to_fp32(toy_model: Path) -> None:
-    folder = find_model(str(toy_model), "tiny")
-    latents, text = random(2, *SHAPE[1:]), [random(3, 32)] * 2
+    folder = find_model(ModelPaths(str(toy_model)), "tiny")
+    batch = batch_of(random(2, *SHAPE[1:]), [random(3, 32)] * 2)
     fine, coarse = (
-        velocity_error(
-            load_transformer(folder, "high", dtype, "cpu"), latents, text, draw(2, 0), TEXT_LEN
-        )
+        velocity_error(load_transformer(folder, "high", dtype, "cpu"), batch, draw(2, 0), TINY)
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert torch.allclose(fine, coarse, rtol=0.01)
@@ -152,7 +172,65 @@ def test_the_time_path_is_fp32_in_training_as_in_sampling(
     def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         dtypes.append(output.dtype)
 
-    hook = transformer.condition_embedder.time_embedder.register_forward_hook(note)
-    velocity_error(transformer, random(1, *SHAPE[1:]), [random(3, 32)], draw(1, 0), TEXT_LEN)
+    embedder = transformer.condition_embedder
+    hooks = [
+        part.register_forward_hook(note) for part in (embedder.time_embedder, embedder.time_proj)
+    ]
+    velocity_error(transformer, batch_of(random(1, *SHAPE[1:]), [random(3, 32)]), draw(1, 0), TINY)
+    for hook in hooks:
+        hook.remove()
+    assert dtypes == [torch.float32] * 2
+
+
+def masked(batch: Batch, weights: Tensor) -> Batch:
+    return replace(batch, mask=weights.expand(len(batch.latents), *weights.shape[-3:]))
+
+
+def test_a_mask_of_ones_is_no_mask(transformer: WanTransformer3DModel) -> None:
+    batch = batch_of(random(2, *SHAPE[1:]), [random(3, 32)] * 2)
+    plain = velocity_error(transformer, batch, draw(2, 0), TINY)
+    ones = velocity_error(transformer, masked(batch, torch.ones(2, 4, 6)), draw(2, 0), TINY)
+    assert torch.equal(plain, ones)
+
+
+def test_only_what_a_mask_shows_is_learned(transformer: WanTransformer3DModel) -> None:
+    """The error is the weighted mean of the places: what is hidden has no say, and no gradient."""
+    batch, noisy = batch_of(random(2, *SHAPE[1:]), [random(3, 32)] * 2), draw(2, 0)
+    outputs: list[Tensor] = []
+
+    def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        output.retain_grad()
+        outputs.append(output)
+
+    hook = transformer.proj_out.register_forward_hook(note)
+    shown = torch.zeros(2, 4, 6)
+    shown[0, :2, :2], shown[1, 2:, 4:] = 1.0, 0.25  # two patches of 2 x 2
+    transformer.requires_grad_(True)
+    error = velocity_error(transformer, masked(batch, shown), noisy, TINY)
+    error.sum().backward()
     hook.remove()
-    assert dtypes == [torch.float32]
+    transformer.requires_grad_(False)
+    transformer.zero_grad(set_to_none=True)
+
+    (output,) = outputs  # (B, L, 64) of 2 x 2 x 3 patches
+    assert output.grad is not None
+    reached = output.grad.abs().amax(dim=(0, 2)).unflatten(0, (2, 2, 3)) > 0
+    assert reached.nonzero().tolist() == [[0, 0, 0], [1, 1, 2]]
+    alone = [
+        velocity_error(transformer, masked(batch, (shown == value).float()), noisy, TINY)
+        for value in (1.0, 0.25)
+    ]
+    assert torch.allclose(error, (alone[0] * 4 + alone[1] * 1) / 5, rtol=1e-5)
+
+
+def test_samples_of_a_batch_have_masks_of_their_own(transformer: WanTransformer3DModel) -> None:
+    batch, noisy = batch_of(random(2, *SHAPE[1:]), [random(3, 32)] * 2), draw(2, 0)
+    half = torch.zeros(2, 4, 6)
+    half[:, :2] = 1
+    mixed = replace(batch, mask=torch.stack([half, torch.ones(2, 4, 6)]))
+    plain, halves, both = (
+        velocity_error(transformer, each, noisy, TINY)
+        for each in (batch, masked(batch, half), mixed)
+    )
+    assert torch.equal(both, torch.stack([halves[0], plain[1]]))
+    assert not torch.equal(halves[0], plain[0])

@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from manifest_files import error_of, read, touch, write_rows
-
 from datasets import Dataset, DatasetDict
+from manifest_files import error_of, read, touch, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from wan.checkpoints import find_model, load_text_encoder, load_tokenizer
+from wan.checkpoints import ModelPaths, find_model, load_text_encoder, load_tokenizer
 from wan.text import clean_prompt, encode_ids, encode_prompts, pad_text
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -59,7 +59,7 @@ def official_encoder() -> UMT5EncoderModel:
 
 @pytest.fixture(scope="module")
 def toy(toy_model: Path) -> tuple[PreTrainedTokenizerFast, UMT5EncoderModel]:
-    folder = find_model(str(toy_model), "tiny")
+    folder = find_model(ModelPaths(str(toy_model)), "tiny")
     return load_tokenizer(folder), load_text_encoder(folder, torch.float32, "cpu")
 
 

@@ -7,7 +7,7 @@ from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 
 from tools import measure_tiny, tiny_vae, world
 from tools.judge import load_judge, verdict
-from wan.checkpoints import find_model, load_tokenizer
+from wan.checkpoints import ModelPaths, find_model, load_tokenizer
 from wan.variants import TINY_PATH, VARIANTS
 
 MAX_BYTES = 24e6
@@ -25,7 +25,7 @@ def test_diffusers_loads_it_and_reads_prompts_as_we_do() -> None:
     facts = VARIANTS["tiny"]
     assert pipeline.config["boundary_ratio"] == facts.boundary
     assert pipeline.scheduler.config["flow_shift"] == facts.sample_shift
-    ours = load_tokenizer(find_model(str(TINY_PATH), "tiny"))
+    ours = load_tokenizer(find_model(ModelPaths(str(TINY_PATH)), "tiny"))
     prompts = [world.caption(scene) for scene in world.scenes(20, 4)]
     for prompt in [*prompts, "A zorbi rolling, 2 times!", ""]:
         assert pipeline.tokenizer(prompt).input_ids == ours(prompt)["input_ids"]

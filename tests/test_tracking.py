@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from data.batches import BatchOrder
+from data.batches import BatchOrder, Draws
 from data.buckets import Bucket
-from train.config import Config, ExpertConfig, compose
+from train.compose import compose
+from train.config import Config, ExpertConfig
 from train.learner import Learner, StepFigures
 from train.rules import ConfigError
 from train.tracking import Tracker
@@ -54,8 +55,9 @@ def learner_of(expert: Expert) -> Learner:
         law=TimestepLaw("uniform", 1.0),
         sigma_range=expert_range(0.875, expert),
         edges=torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64),
-        order=BatchOrder([Bucket(1, 16, 16)], 1, 0),
+        order=BatchOrder([Bucket(1, 16, 16)], [1.0], 1, 0),
         seed=0,
+        draws=Draws(0),
     )
 
 

@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from train import config as settings
+from tests.toy_runs import silent
+from train import compose as settings
 from train.lora import check, train
 
 ROOT = Path(__file__).parent.parent
@@ -20,12 +21,15 @@ SHORT = [
     "experiment=demo",
     f"data.path={ROOT}/datasets/demo/train",
     f"data.heldout_path={ROOT}/datasets/demo/heldout",
+    f"data.mix.world.path={ROOT}/datasets/demo/world",
     "preview.prompts=[]",
     "tracking.mode=disabled",
     "optim.warmup_steps=1",
     "eval.every=0",
     "checkpoint.every=0",
     "low.steps=${steps}",
+    "eval.bins=1",
+    "eval.draws=1",
 ]
 
 
@@ -57,9 +61,12 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, dict]:
-    """40 steps of each expert."""
+    """24 steps of each expert."""
     folder = tmp_path_factory.mktemp("short")
-    return folder, run(folder, cache, "steps=40", "turn_steps=20", "tracking.log_every=1")
+    measured = ["eval.bins=4", "eval.draws=3"]
+    return folder, run(
+        folder, cache, "steps=24", "turn_steps=12", "tracking.log_every=1", *measured
+    )
 
 
 def test_both_experts_learn_the_concept(short_run: tuple[Path, dict]) -> None:
@@ -120,7 +127,7 @@ def test_one_expert_alone_trains_as_beside_the_other(
 ) -> None:
     """`experts=[low]` gives the low file of the pair, to the bit: turns do not touch each other."""
     folder, _ = short_run
-    run(tmp_path, cache, "steps=40", "experts=[low]", "tracking.log_every=1")
+    run(tmp_path, cache, "steps=24", "experts=[low]", "tracking.log_every=1")
     assert not list((tmp_path / "out").glob("*high*"))
     alone = load_file(tmp_path / "out" / "demo_low_noise.safetensors")
     beside = load_file(folder / "out" / "demo_low_noise.safetensors")
@@ -186,14 +193,14 @@ def test_previews_are_written_beside_the_base(tmp_path: Path, cache: Path) -> No
 def test_a_mistake_is_told_before_anything_is_loaded(override: str, words: list[str]) -> None:
     """`check` reads headers only: nothing is encoded, loaded or written when it refuses."""
     with pytest.raises(ValueError, match=r"\w") as error:
-        check(settings.compose([*SHORT, override]))
+        check(settings.compose([*SHORT, override]), silent)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_mistakes_in_the_data_folder_are_told_with_the_file(tmp_path: Path) -> None:
     def message() -> str:
         with pytest.raises(ValueError, match=r"\w") as error:
-            check(settings.compose([*SHORT, f"data.path={tmp_path}"]))
+            check(settings.compose([*SHORT, f"data.path={tmp_path}"]), silent)
         return str(error.value)
 
     assert "no video or image" in message()

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from data.buckets import Bucket
-from train.dataset import CachedClips
+from data.batches import Draws, EncodedClips
+from tests.toy_runs import encoded_clips
 from train.validate import HeldoutLoss, HeldoutPlan, heldout_loss
-from wan.checkpoints import find_model, load_transformer
+from wan.checkpoints import ModelPaths, find_model, load_transformer
 from wan.flow import TimestepLaw, bin_edges, expert_range
 from wan.lora import adapter_parameters, attach, target_modules
 from wan.variants import EXPERTS, Expert, variant
@@ -22,37 +22,28 @@ LAW = TimestepLaw("logit_normal", shift=3.0)
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> CachedClips:
+def clips(tmp_path_factory: pytest.TempPathFactory) -> EncodedClips:
     """Three clips of different shapes and loudness."""
     folder, generator = tmp_path_factory.mktemp("heldout"), torch.Generator().manual_seed(0)
     shapes = [(16, 1, 4, 4), (16, 2, 4, 6), (16, 1, 6, 4)]
-    for index, shape in enumerate(shapes):
-        latents = (index + 1) * torch.randn(shape, generator=generator)
-        save_file({"latents": latents}, folder / f"latents_{index}")
-        text = torch.randn(index + 2, 32, generator=generator)
-        save_file({"text": text}, folder / f"text_{index}")
-    parts = {
-        "latents": [folder / f"latents_{i}" for i in range(3)],
-        "text": [folder / f"text_{i}" for i in range(3)],
-        "buckets": [Bucket(4 * (f - 1) + 1, 8 * h, 8 * w) for _, f, h, w in shapes],
-        "names": [f"{i}.png" for i in range(3)],
-    }
-    known = CachedClips.__dataclass_fields__
-    return CachedClips(**{name: part for name, part in parts.items() if name in known})
+    latents = [(i + 1) * torch.randn(shape, generator=generator) for i, shape in enumerate(shapes)]
+    text = [torch.randn(rows, 32, generator=generator) for rows in (2, 3, 4, 1)]
+    return encoded_clips(folder, latents, text)
 
 
 @pytest.fixture
 def transformer(toy_model: Path) -> WanTransformer3DModel:
-    return load_transformer(find_model(str(toy_model), "tiny"), "low", torch.float32, "cpu")
+    return load_transformer(
+        find_model(ModelPaths(str(toy_model)), "tiny"), "low", torch.float32, "cpu"
+    )
 
 
-def plan_of(clips: CachedClips, bins: int = 3, draws: int = 2, batch_size: int = 2) -> HeldoutPlan:
-    return HeldoutPlan(clips, LAW, bins, draws, batch_size, seed=4)
+def plan_of(clips: EncodedClips, bins: int = 3, draws: int = 2, batch_size: int = 2) -> HeldoutPlan:
+    return HeldoutPlan(clips, Draws(4), LAW, bins, draws, batch_size, seed=4)
 
 
-def some(clips: CachedClips, *indices: int) -> CachedClips:
-    parts = {name: getattr(clips, name) for name in CachedClips.__dataclass_fields__}
-    return replace(clips, **{name: [part[i] for i in indices] for name, part in parts.items()})
+def some(clips: EncodedClips, *indices: int) -> EncodedClips:
+    return replace(clips, clips=[clips.clips[index] for index in indices])
 
 
 def measure(
@@ -73,7 +64,7 @@ def adapt(transformer: WanTransformer3DModel, dropout: float = 0.0) -> None:
 
 
 def test_each_measurement_is_the_same_to_the_bit(
-    transformer: WanTransformer3DModel, clips: CachedClips
+    transformer: WanTransformer3DModel, clips: EncodedClips
 ) -> None:
     first = measure(transformer, plan_of(clips))
     torch.manual_seed(99)
@@ -81,7 +72,7 @@ def test_each_measurement_is_the_same_to_the_bit(
 
 
 def test_the_mean_is_that_of_the_bins(
-    transformer: WanTransformer3DModel, clips: CachedClips
+    transformer: WanTransformer3DModel, clips: EncodedClips
 ) -> None:
     loss = measure(transformer, plan_of(clips))
     assert len(loss.bins) == 3
@@ -90,10 +81,14 @@ def test_the_mean_is_that_of_the_bins(
 
 @pytest.mark.parametrize("expert", EXPERTS)
 def test_bins_are_those_of_the_law_and_the_expert(
-    transformer: WanTransformer3DModel, clips: CachedClips, expert: Expert
+    transformer: WanTransformer3DModel, clips: EncodedClips, expert: Expert
 ) -> None:
     seen: list[float] = []
-    hook = transformer.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[1].tolist()))
+
+    def note(_: nn.Module, inputs: tuple[Tensor]) -> None:  # of the slowest sine, t is legible
+        seen.extend((inputs[0][:, 0, -1].double().asin() * 10_000 ** (15 / 16)).tolist())
+
+    hook = transformer.condition_embedder.time_embedder.register_forward_pre_hook(note)
     loss = measure(transformer, plan_of(some(clips, 0), bins=3, draws=2), expert)
     hook.remove()
     assert loss.expert == expert
@@ -106,7 +101,7 @@ def test_bins_are_those_of_the_law_and_the_expert(
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_the_batch_size_changes_nothing(
-    transformer: WanTransformer3DModel, clips: CachedClips, batch_size: int
+    transformer: WanTransformer3DModel, clips: EncodedClips, batch_size: int
 ) -> None:
     usual = measure(transformer, plan_of(clips))
     other = measure(transformer, plan_of(clips, batch_size=batch_size))
@@ -116,7 +111,7 @@ def test_the_batch_size_changes_nothing(
 
 
 def test_training_mode_has_no_say_and_is_left_as_it_was(
-    transformer: WanTransformer3DModel, clips: CachedClips
+    transformer: WanTransformer3DModel, clips: EncodedClips
 ) -> None:
     adapt(transformer, dropout=0.9)
     losses = []
@@ -128,7 +123,7 @@ def test_training_mode_has_no_say_and_is_left_as_it_was(
     assert all(parameter.grad is None for parameter in transformer.parameters())
 
 
-def test_adapters_change_the_loss(transformer: WanTransformer3DModel, clips: CachedClips) -> None:
+def test_adapters_change_the_loss(transformer: WanTransformer3DModel, clips: EncodedClips) -> None:
     base = measure(transformer, plan_of(clips))
     adapt(transformer)
     adapted = measure(transformer, plan_of(clips))
@@ -136,7 +131,7 @@ def test_adapters_change_the_loss(transformer: WanTransformer3DModel, clips: Cac
 
 
 def test_seeds_and_experts_have_noise_of_their_own(
-    transformer: WanTransformer3DModel, clips: CachedClips
+    transformer: WanTransformer3DModel, clips: EncodedClips
 ) -> None:
     plan = plan_of(clips)
     means = [
@@ -148,7 +143,7 @@ def test_seeds_and_experts_have_noise_of_their_own(
 
 
 def test_one_clip_does_not_change_what_is_measured_on_another(
-    transformer: WanTransformer3DModel, clips: CachedClips
+    transformer: WanTransformer3DModel, clips: EncodedClips
 ) -> None:
     alone = measure(transformer, plan_of(some(clips, 0)))
     pairs = [measure(transformer, plan_of(some(clips, 0, other))) for other in (1, 2)]
@@ -164,8 +159,20 @@ def test_one_clip_does_not_change_what_is_measured_on_another(
     assert first[0] == pytest.approx(first[1], rel=1e-9)
 
 
+@pytest.mark.parametrize("captions", [(0,), (0, 1, 2, 3)], ids=["one caption", "captions"])
+def test_what_a_clip_is_given_does_not_depend_on_the_others(
+    transformer: WanTransformer3DModel, clips: EncodedClips, captions: tuple[int, ...]
+) -> None:
+    several = [replace(clip, captions=captions) for clip in clips.clips]
+    means = []
+    for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
+        plan = plan_of(replace(clips, clips=[several[index] for index in order]), bins=1, draws=1)
+        means.append(measure(transformer, plan).mean)
+    assert means == pytest.approx([means[0]] * 3, rel=1e-9)
+
+
 def test_the_order_of_clips_changes_no_clips_noise(
-    transformer: WanTransformer3DModel, clips: CachedClips
+    transformer: WanTransformer3DModel, clips: EncodedClips
 ) -> None:
     forwards = measure(transformer, plan_of(clips))
     backwards = measure(transformer, plan_of(some(clips, 2, 1, 0)))
@@ -173,7 +180,7 @@ def test_the_order_of_clips_changes_no_clips_noise(
 
 
 def test_the_standard_error_is_that_of_a_mean(
-    transformer: WanTransformer3DModel, clips: CachedClips
+    transformer: WanTransformer3DModel, clips: EncodedClips
 ) -> None:
     # Of one clip the first draw is the same, however many follow: the second is what is left.
     one = measure(transformer, plan_of(some(clips, 1), draws=1))

@@ -3,7 +3,8 @@
     python -m tools.make_demo_data
 
 Writes real files, as a user would have them: 12 short mp4 and 12 png with .txt captions into
-datasets/demo/train, 3 clips into datasets/demo/heldout. The files are in git; this changes them.
+datasets/demo/train, 30 ordinary things into datasets/demo/world, 3 clips into datasets/demo/heldout.
+The files are in git; this changes them.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def write_images(folder: Path, scenes: tuple[tuple[int, int], ...]) -> None:
         name.with_suffix(".txt").write_text(text)
 
 
-def write_others(folder: Path) -> None:
+def write_world(folder: Path) -> None:
     """Ordinary things of the world, one of each colour and shape: every third a video."""
     folder.mkdir(parents=True, exist_ok=True)
     known = world.scenes(400, seed=11, heldout=False)
@@ -99,7 +100,7 @@ def main() -> None:
         (target / side).mkdir(parents=True, exist_ok=True)
     write_videos(target / "train", VIDEOS, 0)
     write_images(target / "train", IMAGES)
-    write_others(target / "train" / "others")
+    write_world(target / "world")
     write_videos(target / "heldout", HELDOUT, 100)
     print(
         f"{len(VIDEOS)} videos, {len(IMAGES)} images and {len(HELDOUT)} held-out clips in {target}"

@@ -21,7 +21,7 @@ from tools import tiny_vae, world
 from tools.judge import Judge, judge_accuracy, load_judge, verdict
 from tools.make_demo_data import HELDOUT, TRIGGER, VIDEOS, zorbi
 from wan import lora
-from wan.checkpoints import find_model, load_text_encoder, load_tokenizer, load_vae
+from wan.checkpoints import ModelPaths, find_model, load_text_encoder, load_tokenizer, load_vae
 from wan.experts import Experts, load_experts
 from wan.latents import decode_latents
 from wan.lora_format import SUFFIX_OF_EXPERT, read_adapter
@@ -47,7 +47,7 @@ class Studio:
 
     def __init__(self, device: torch.device, steps: int | None) -> None:
         self.facts = VARIANTS["tiny"]
-        model = find_model(str(TINY_PATH), "tiny")
+        model = find_model(ModelPaths(str(TINY_PATH)), "tiny")
         self.device = device
         self.vae = load_vae(model, torch.float32, device)
         self.experts: Experts = load_experts(model, torch.float32, device)

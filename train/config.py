@@ -1,23 +1,19 @@
 """The schema of a run: every key's type, default, unit, meaning and rule.
 
 Hydra merges the YAML files of `conf/` over `Config`, which refuses unknown keys and wrong types;
-`typed` turns the result into plain dataclasses and checks every rule. Nothing after it sees a
-Hydra object. `schema` lists the keys for error messages and for the reference page of the docs.
+`train/compose.py` turns the result into plain dataclasses and checks every rule. `schema` lists the
+keys for error messages and for the reference page of the docs.
 
 Relative paths (`data.path`, `data.cache`, `model.path`, `output_dir`) are relative to the folder
 in which the command is typed.
 """
 
-import difflib
 from dataclasses import dataclass, field
 from functools import cache
-from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import II, MISSING, DictConfig, OmegaConf
+from omegaconf import II, MISSING
 
 from train.rules import (
     COUNT,
@@ -31,24 +27,23 @@ from train.rules import (
     PIXELS,
     POSITIVE,
     PROBABILITY,
+    SCALES,
     SEEDS,
+    SHARE,
     UP_TO_HALF,
-    ConfigError,
     Key,
-    check_value,
     key,
     keys_of,
     one_of,
 )
-from wan.variants import EXPERTS, VARIANTS
+from wan.variants import VARIANTS
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 EMBEDDED = "embedded"  # model.path of the model that lies in this repository, wan/tiny
 
 
 @dataclass
 class ExpertConfig:
-    """What the two experts may have differently. Each has its own optimizer state."""
+    """What experts may have differently. Each has its own optimizer state; 5B has `single`."""
 
     rank: int = key(II("lora.rank"), "rank of this expert's adapter", rule=COUNT)
     alpha: float = key(II("lora.alpha"), "alpha of this expert's adapter", rule=POSITIVE)
@@ -64,8 +59,13 @@ class ModelConfig:
 
     variant: str = key("t2v_a14b", "family of the model", rule=one_of(*VARIANTS))
     path: str = key(
-        MISSING, f"diffusers folder of the weights; {EMBEDDED} = wan/tiny", "path", NOT_BLANK
+        MISSING, f"folder or file of the weights; {EMBEDDED} = wan/tiny", "path", NOT_BLANK
     )
+    high: str | None = key(None, "weights of the high expert, if elsewhere", "path", NOT_BLANK)
+    low: str | None = key(None, "weights of the low expert, if elsewhere", "path", NOT_BLANK)
+    vae: str | None = key(None, "weights of the VAE, if elsewhere", "path", NOT_BLANK)
+    text_encoder: str | None = key(None, "weights of UMT5, if elsewhere", "path", NOT_BLANK)
+    tokenizer: str | None = key(None, "folder of the tokenizer, if elsewhere", "path", NOT_BLANK)
     dtype: str = key(
         "bfloat16", "number format of the frozen weights", rule=one_of("bfloat16", "float32")
     )
@@ -75,20 +75,65 @@ class ModelConfig:
 
 
 @dataclass
+class SourceConfig:
+    """A further dataset, mixed in with the one of `data.path`."""
+
+    path: str = key(MISSING, "folder, manifest or Hugging Face dataset", "path", NOT_BLANK)
+    root: str | None = key(None, "folder that a manifest's paths start from", "path", NOT_BLANK)
+    prefix: str | None = key(None, "text before each of its captions; null = data.prefix")
+    weight: float = key(1.0, "visits of each of its items in an epoch", "visits", POSITIVE)
+    loss_weight: float = key(1.0, "weight of its samples in the loss", rule=POSITIVE)
+    regularisation: bool = key(
+        False, "ordinary things to keep: no prefix, no trigger, never held out"
+    )
+
+
+@dataclass
+class SpeedConfig:
+    """Where the parts of a model wait for their turn."""
+
+    placement: str = key(
+        "swap",
+        "the expert that is not at work: in host memory, or beside the other on the device",
+        rule=one_of("swap", "resident"),
+    )
+
+
+@dataclass
 class DataConfig:
     """The user's videos and images, and how they become clips."""
 
-    path: str = key(MISSING, "folder of videos and images with .txt captions", "path", NOT_BLANK)
-    heldout_path: str | None = key(
-        None, "folder of clips to measure on and never to train on", "path", NOT_BLANK
+    path: str = key(
+        MISSING,
+        "folder of videos and images with .txt captions, manifest or Hugging Face dataset",
+        "path",
+        NOT_BLANK,
     )
+    root: str | None = key(None, "folder that a manifest's paths start from", "path", NOT_BLANK)
+    # OmegaConf cannot add to a dictionary of dataclasses from the command line: train/compose.py
+    # makes each value a SourceConfig.
+    mix: dict[str, Any] = key({}, "further datasets, by a name of your choice")
+    skip_bad: bool = key(False, "leave out files that cannot be used, instead of stopping")
+    heldout_path: str | None = key(
+        None, "what to measure on and never to train on: a dataset, or a .txt list of names",
+        "path", NOT_BLANK,
+    )  # fmt: skip
     heldout_fraction: float = key(
         0.1, "share of data.path held out when there is no heldout_path", "share", UP_TO_HALF
     )
     trigger: str | None = key(None, "word that names the concept in the captions", rule=NOT_BLANK)
+    prefix: str = key("", "text before each caption, such as a trigger that they lack")
     cache: str = key("cache", "folder of encoded latents and captions", "path", NOT_BLANK)
+    encode: bool = key(True, "encode what is not in the cache; false = stop instead")
+    workers: int = key(4, "processes that decode files beside the encoder", "processes", COUNT_OR_0)
+    vae_dtype: str = key(
+        "float32", "number format of the VAE while encoding", rule=one_of("float32", "bfloat16")
+    )
     height: int = key(480, "height of the training clips", "pixels", PIXELS)
     width: int = key(832, "width of the training clips", "pixels", PIXELS)
+    scales: list[float] = key([1.0], "sizes at which each item is used", "times", SCALES)
+    upscale: bool = key(False, "enlarge what is smaller than the training size")
+    max_buckets: int | None = key(None, "most shapes; the rarest are merged", "shapes", COUNT)
     frames: int = key(81, "length of the training clips", "frames", FRAMES)
     fps_policy: str = key(
         "resample",
@@ -96,10 +141,26 @@ class DataConfig:
         rule=one_of("resample", "keep", "error"),
     )
     extraction: str = key(
-        "head", "which part of a longer video to take", rule=one_of("head", "middle")
+        "head",
+        "which windows of a longer video to take",
+        rule=one_of("head", "middle", "uniform", "sliding", "full"),
     )
+    windows: int | None = key(None, "windows of a video, for uniform", "windows", COUNT)
+    stride: int | None = key(None, "distance of two windows, for sliding", "frames", COUNT)
     caption_dropout: float = key(
         0.1, "share of samples trained with an empty caption, for guidance", "share", PROBABILITY
+    )
+
+
+@dataclass
+class ConditionConfig:
+    """The images that a model is given in training, where it takes any."""
+
+    first_frame: float | None = key(
+        None, "TI2V-5B: share of clips whose first frame is given; null = half", "share", SHARE
+    )
+    last_frame: float | None = key(
+        None, "I2V-A14B: share of clips whose last frame is given too; null = 0", "share", SHARE
     )
 
 
@@ -167,6 +228,7 @@ class PreviewConfig:
 
     every: int = key(500, "steps between previews; 0 = before and after", "steps", COUNT_OR_0)
     prompts: list[str] = key([], "prompts to render; empty = no previews")
+    images: list[str] = key([], "first frame of each prompt's video: I2V-A14B, TI2V-5B", "paths")
     seeds: list[int] = key([0], "seeds with which each prompt is rendered", rule=SEEDS)
     steps: int | None = key(None, "sampling steps", "steps", COUNT)
     shift: float | None = key(None, "shift of the sampling grid", rule=POSITIVE)
@@ -222,7 +284,9 @@ class Config:
     name: str = key(MISSING, "name of the run and of its files", rule=FILE_NAME)
     output_dir: str = key("outputs/${name}", "folder of all that the run writes", "path", NOT_BLANK)
     seed: int = key(0, "seed of initial weights, order, noise and noise levels", rule=COUNT_OR_0)
-    experts: list[str] = key(list(EXPERTS), "experts to train", rule=EXPERT_LIST)
+    experts: list[str] | None = key(
+        None, "experts to train; null = all of the model", rule=EXPERT_LIST
+    )
     steps: int = key(2000, "length of each expert's training", "optimizer steps", COUNT)
     turn_steps: int = key(
         100, "steps of one expert before the other takes over", "optimizer steps", COUNT
@@ -230,11 +294,14 @@ class Config:
     batch_size: int = key(1, "clips in one forward pass", "clips", COUNT)
     accumulate: int = key(1, "forward passes in one optimizer step", "passes", COUNT)
     model: ModelConfig = field(default_factory=ModelConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     high: ExpertConfig = field(default_factory=ExpertConfig)
     low: ExpertConfig = field(default_factory=ExpertConfig)
+    single: ExpertConfig = field(default_factory=ExpertConfig)
     timesteps: TimestepsConfig = field(default_factory=TimestepsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
@@ -251,100 +318,3 @@ ConfigStore.instance().store(name="schema", node=Config)
 def schema() -> dict[str, Key]:
     """Every key of `Config` by its dotted name, in the order of the classes above."""
     return {found.path: found for found in keys_of(Config, "")}
-
-
-def unknown_key(path: str) -> ConfigError:
-    """The error for a key that does not exist, with the real keys that look like it."""
-    if path.startswith("optim.args."):
-        return ConfigError(f"{path} is not set yet: to add it, write +{path}=…")
-    groups = {
-        folder.name: f"a file of conf/{folder.name}" for folder in CONF.iterdir() if folder.is_dir()
-    }
-    known = groups | {name: found.doc for name, found in schema().items()}
-    near = difflib.get_close_matches(path, known, n=3, cutoff=0.8)
-    if not near:  # the right key in the wrong section, such as rank or data.rank
-        ends = difflib.get_close_matches(
-            path.split(".")[-1], {n.split(".")[-1] for n in known}, n=1
-        )
-        near = [name for name in known if name.split(".")[-1] in ends]
-    if not near:
-        return ConfigError(f"{path} is not a key. conf/config.yaml lists them all.")
-    guesses = " or ".join(f"{name} ({known[name]})" for name in near)
-    return ConfigError(f"{path} is not a key; did you mean {guesses}?")
-
-
-def typed(cfg: DictConfig) -> Config:
-    """The composed settings as checked plain dataclasses; `ConfigError` if one is wrong."""
-    values = _leaves(OmegaConf.to_container(cfg), "")
-    for path in values:
-        if path not in schema():  # +lora.rnak=3 gets past Hydra
-            raise unknown_key(path)
-    missing = [path for path, value in values.items() if value == MISSING]
-    if missing:
-        raise ConfigError(
-            f"not set: {', '.join(f'{path} ({schema()[path].doc})' for path in missing)}. Write "
-            f"{' '.join(f'{path}=…' for path in missing)} on the command line, or choose an "
-            "experiment that sets this, such as experiment=demo."
-        )
-    config = OmegaConf.to_object(cfg)
-    assert isinstance(config, Config), "the defaults list of conf/config.yaml begins with `schema`"
-    check(config)
-    return config
-
-
-def _leaves(value: object, path: str) -> dict[str, object]:
-    if not isinstance(value, dict) or path == "optim.args":  # whose keys are the optimizer's
-        return {path: value}
-    inner = [_leaves(item, f"{path}.{name}".strip(".")) for name, item in value.items()]
-    return {name: item for leaves in inner for name, item in leaves.items()}
-
-
-def compose(overrides: list[str]) -> Config:
-    """The run that these command-line arguments describe, for tests and tools."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return typed(hydra.compose("config", overrides))
-
-
-def resolved_yaml(config: Config) -> str:
-    """The configuration of a run as YAML without interpolations, for its folder."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def check(config: Config) -> None:
-    """Raise `ConfigError` at the first value that cannot work, alone or with the others."""
-    for path, known in schema().items():
-        check_value(known, attrgetter(path)(config))
-    _check_together(config)
-
-
-def _check_together(config: Config) -> None:
-    data, optim, timesteps = config.data, config.optim, config.timesteps
-    if config.model.path == EMBEDDED and config.model.variant != "tiny":
-        raise ConfigError(
-            f"model.path is {EMBEDDED}, but only the variant tiny lies in this repository, and "
-            f"model.variant is {config.model.variant}. Set model.path to the folder of its weights."
-        )
-    if timesteps.base == "uniform" and timesteps.scale != 1:
-        raise ConfigError(
-            f"timesteps.scale is {timesteps.scale:g}, which has no effect with "
-            "timesteps.base=uniform. Leave it out, or set timesteps.base=logit_normal."
-        )
-    if data.heldout_path and data.heldout_fraction != schema()["data.heldout_fraction"].default:
-        raise ConfigError(
-            f"data.heldout_fraction is {data.heldout_fraction:g}, which has no effect next to "
-            f"data.heldout_path={data.heldout_path}. Leave one of the two out."
-        )
-    if data.heldout_path and Path(data.heldout_path).resolve() == Path(data.path).resolve():
-        raise ConfigError(
-            f"data.heldout_path is {data.heldout_path}, the folder that is trained on. Set another "
-            "folder, or leave it out to hold out a share of data.path."
-        )
-    if "lr" in optim.args:
-        raise ConfigError("optim.args has lr: the learning rate is set as optim.learning_rate.")
-    for expert in config.experts:
-        steps = attrgetter(f"{expert}.steps")(config)
-        if optim.warmup_steps >= steps:
-            raise ConfigError(
-                f"optim.warmup_steps is {optim.warmup_steps}, but {expert}.steps is {steps}: the "
-                "full learning rate is never reached. Set a shorter warm-up or more steps."
-            )

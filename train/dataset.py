@@ -1,33 +1,25 @@
-"""The user's folders become clips; clips and captions become cache entries, each encoded once."""
+"""The user's datasets become clips: what is read, what is held out, and what is dropped and why."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from data.buckets import Bucket, Clip, ClipSettings, plan_clips
-from data.cache import CacheReport, cache_latents, cache_text, load_latents, load_text
-from data.media import probe_all
-from data.sources import DataError, read_folder, split_heldout
-from train.config import Config, DataConfig
-from wan.checkpoints import (
-    ModelFolder,
-    component_hash,
-    load_text_encoder,
-    load_tokenizer,
-    load_vae,
+from data.buckets import Clip, ClipSettings, plan_clips
+from data.files import FileFacts, read_files
+from data.sources import (
+    DataError,
+    Dropped,
+    Item,
+    Source,
+    raise_problems,
+    read_name_list,
+    read_source,
+    split_heldout,
 )
-from wan.latents import encode_video
-from wan.text import clean_prompt, encode_prompts
+from train.config import DataConfig
 from wan.variants import Variant
 
 Progress = Callable[[Iterable[int], str], Iterable[int]]
-
-VAE_DTYPE = torch.float32  # the official one: latents are made once, so they are made well
 
 
 @dataclass(frozen=True)
@@ -36,50 +28,65 @@ class Clips:
 
     train: list[Clip]
     heldout: list[Clip]
+    files: dict[Path, FileFacts]
+    dropped: list[Dropped]
+    notes: list[str]
 
 
-@dataclass(frozen=True)
-class CachedClips:
-    """Of each clip: its cache entries of latents and of text, its bucket and its name."""
+def plan_dataset(data: DataConfig, facts: Variant, progress: Progress) -> Clips:
+    """Read the datasets, open every file that is not known yet, choose windows and shapes.
 
-    latents: list[Path]
-    text: list[Path]
-    buckets: list[Bucket]
-    names: list[str]  # of the files, from the folder's root
-
-    def first(self) -> tuple[Tensor, Tensor]:
-        """Latents (C, F, h, w) and text (L, D) of the first clip."""
-        return load_latents(self.latents[0]), load_text(self.text[0])
-
-
-@dataclass(frozen=True)
-class EncodedDataset:
-    """Everything that training, validation and previews need of the encoders, gone by then."""
-
-    train: CachedClips
-    heldout: CachedClips
-    empty_text: Path
-    prompts: dict[str, Tensor]  # of previews: (L, D) each
-    reports: list[CacheReport]
-
-    def fingerprint(self) -> str:
-        """16 hex digits that change with any clip or caption that is trained on."""
-        names = sorted(path.name for path in [*self.train.latents, *self.train.text])
-        return hashlib.sha256("".join(names).encode()).hexdigest()[:16]
-
-
-def plan_dataset(data: DataConfig, facts: Variant) -> Clips:
-    """Read the folders, open every file once and choose a window and a shape for each.
-
-    `DataError` names what cannot be used. Nothing is encoded.
+    Nothing is encoded. `DataError` names all files that cannot be used, unless `data.skip_bad`:
+    then they are in `dropped`.
     """
+    settings = _clip_settings(data, facts)
+    readings = [read_source(source, media=_media(data)) for source in _sources(data)]
+    items = [item for reading in readings for item in reading.items]
+    dropped = [entry for reading in readings for entry in reading.dropped]
+    notes = [note for reading in readings for note in reading.notes]
+    apart = []
+    if data.heldout_path is not None and not data.heldout_path.endswith(".txt"):
+        source = Source(Path(data.heldout_path), "data.heldout_path", prefix=data.prefix)
+        reading = read_source(source, media=_media(data))
+        apart, dropped, notes = (
+            reading.items,
+            [*dropped, *reading.dropped],
+            [*notes, *reading.notes],
+        )
+    elif data.heldout_path is not None:
+        chosen = read_name_list(Path(data.heldout_path), "data.heldout_path", items)
+        items = [replace(i, split="heldout" if i.name in chosen else "train") for i in items]
+
+    paths = {path for item in [*items, *apart] for path in (item.path, item.mask) if path}
+    ordered = sorted(paths)
+    found = read_files(ordered, Path(data.cache), data.workers, progress)
+    files = dict(zip(ordered, found, strict=True))
+    items, dropped = _usable(items, files, dropped, facts)
+    apart, dropped = _usable(apart, files, dropped, facts)
+
+    train, heldout = _split(items, apart, files, data, notes)
+    plans = []
+    for side in (train, heldout):
+        infos = [info for item in side if (info := files[item.path].info) is not None]
+        plans.append(plan_clips(side, infos, settings))
+        dropped += plans[-1].dropped
+        notes += plans[-1].warnings
+    if not data.skip_bad:
+        raise_problems(
+            f"data.path={data.path} (data.skip_bad=true leaves such files out)",
+            [f"{entry.name}: {entry.reason}" for entry in dropped],
+        )
+    return Clips(plans[0].clips, plans[1].clips, files, dropped, notes)
+
+
+def _clip_settings(data: DataConfig, facts: Variant) -> ClipSettings:
     multiple = facts.geometry.multiple
     if data.height % multiple or data.width % multiple:
         raise DataError(
             f"data.height={data.height} and data.width={data.width}: {facts.title} takes "
             f"multiples of {multiple} pixels; set such a size"
         )
-    settings = ClipSettings(
+    return ClipSettings(
         resolution=(data.height, data.width),
         frames=data.frames,
         fps=facts.fps,
@@ -87,87 +94,89 @@ def plan_dataset(data: DataConfig, facts: Variant) -> Clips:
         multiple=multiple,
         time_stride=facts.geometry.time_stride,
         extraction=data.extraction,  # pyright: ignore[reportArgumentType] (checked by the schema)
+        scales=tuple(data.scales),
+        windows=data.windows or 1,
+        stride=data.stride or data.frames,
+        upscale=data.upscale,
+        max_buckets=data.max_buckets,
     )
-    items = read_folder(Path(data.path), "data.path")
-    if data.heldout_path is not None:
-        heldout = read_folder(Path(data.heldout_path), "data.heldout_path")
-        kept_away = {item.path.resolve() for item in heldout}  # one folder may lie in the other
-        items = [item for item in items if item.path.resolve() not in kept_away]
-    else:
-        items, heldout = split_heldout(items, data.heldout_fraction)
-    if not items:
-        raise DataError(
-            f"data.path={data.path}: all of it lies in data.heldout_path={data.heldout_path}, so "
-            "nothing is left to train on. Give two folders."
+
+
+def _media(data: DataConfig) -> Path:
+    """Where media that a dataset holds inside itself are written, to be files like all others."""
+    return Path(data.cache) / "media"
+
+
+def _sources(data: DataConfig) -> list[Source]:
+    root = None if data.root is None else Path(data.root)
+    sources = [Source(Path(data.path), "data.path", root, data.prefix)]
+    for name, mixed in data.mix.items():
+        sources.append(
+            Source(
+                path=Path(mixed.path),
+                key=f"data.mix.{name}.path",
+                root=None if mixed.root is None else Path(mixed.root),
+                prefix=data.prefix if mixed.prefix is None else mixed.prefix,
+                weight=mixed.weight,
+                loss_weight=mixed.loss_weight,
+                regularisation=mixed.regularisation,
+            )
         )
-    if not heldout:
-        raise DataError(
-            f"data.path={data.path} holds one item: none is left to measure on. Add another, or "
-            "set data.heldout_path to a folder of clips that are never trained on."
+    return sources
+
+
+def _usable(
+    items: Sequence[Item], files: dict[Path, FileFacts], dropped: list[Dropped], facts: Variant
+) -> tuple[list[Item], list[Dropped]]:
+    """The items whose files can be decoded and used with this model, and all that were dropped."""
+    usable, dropped = [], list(dropped)
+    for item in items:
+        problem = files[item.path].problem
+        if problem is None and item.mask is not None and files[item.mask].problem is not None:
+            problem = f"its mask {item.mask.name} {files[item.mask].problem}"
+        info = files[item.path].info
+        if problem is None and facts.conditioning == "channels" and info and info.frames == 1:
+            problem = (
+                f"is a single frame, and {facts.title} learns how an image moves on: nothing is "
+                "left to learn from it; remove it, or train a text-to-video model with it"
+            )
+        if problem is None:
+            usable.append(item)
+        else:
+            dropped.append(Dropped(item.name, problem))
+    return usable, dropped
+
+
+def _split(
+    items: Sequence[Item],
+    apart: Sequence[Item],
+    files: dict[Path, FileFacts],
+    data: DataConfig,
+    notes: list[str],
+) -> tuple[list[Item], list[Item]]:
+    """(training, held out), no content on both sides: a copy of a file is that file."""
+    content = [files[item.path].digest for item in items]
+    fraction = 0.0 if data.heldout_path else data.heldout_fraction
+    train, heldout = split_heldout(items, fraction, content)
+    kept_away = {files[item.path].digest for item in apart}
+    kept = [item for item in train if files[item.path].digest not in kept_away]
+    if len(kept) < len(train):
+        notes.append(
+            f"{len(train) - len(kept)} of the files to train on are in data.heldout_path="
+            f"{data.heldout_path} too: they are only measured on"
         )
-    return Clips(
-        train=plan_clips(items, probe_all(items), settings),
-        heldout=plan_clips(heldout, probe_all(heldout), settings),
-    )
+    return kept, [*heldout, *apart]
 
 
-def encode_dataset(
-    clips: Clips,
-    prompts: Sequence[str],
-    config: Config,
-    folder: ModelFolder,
-    device: torch.device,
-    progress: Progress,
-) -> EncodedDataset:
-    """Cache what is missing of clips, captions and prompts; load no encoder in vain."""
-    root = Path(config.data.cache)
-    both = [*clips.train, *clips.heldout]
-    latents, latents_report = cache_latents(
-        both, _video_encoder(folder, device), _vae_id(folder), root, progress
-    )
-    captions = [clean_prompt(clip.item.caption) for clip in both]
-    wanted = [clean_prompt(prompt) for prompt in prompts]
-    text, text_report = cache_text(
-        [*captions, "", *wanted],
-        _text_encoder(folder, getattr(torch, config.model.dtype), device),
-        f"{component_hash(folder, 'text_encoder')} {component_hash(folder, 'tokenizer')}"
-        f" {config.model.dtype}",
-        root,
-        progress,
-    )
-    count = len(clips.train)
-    entries = [text[caption] for caption in captions]
-    buckets = [clip.bucket for clip in both]
-    names = [clip.item.name for clip in both]
-    return EncodedDataset(
-        train=CachedClips(latents[:count], entries[:count], buckets[:count], names[:count]),
-        heldout=CachedClips(latents[count:], entries[count:], buckets[count:], names[count:]),
-        empty_text=text[""],
-        prompts={prompt: load_text(text[clean_prompt(prompt)]) for prompt in prompts},
-        reports=[latents_report, text_report],
-    )
-
-
-def _vae_id(folder: ModelFolder) -> str:
-    return f"{component_hash(folder, 'vae')} {VAE_DTYPE}"
-
-
-def _video_encoder(folder: ModelFolder, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Frames, uint8 (T, H, W, 3), to latents (C, F, h, w); the VAE is loaded at the first call."""
-    vae = cache(lambda: load_vae(folder, VAE_DTYPE, device))
-
-    def encode(frames: Tensor) -> Tensor:
-        video = frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1  # (1, 3, T, H, W)
-        return encode_video(vae(), video)[0]
-
-    return encode
-
-
-def _text_encoder(
-    folder: ModelFolder, dtype: torch.dtype, device: torch.device
-) -> Callable[[list[str]], list[Tensor]]:
-    """Prompts to embeddings (L, D); the text encoder is loaded at the first call."""
-    encoder = cache(lambda: load_text_encoder(folder, dtype, device))
-    tokenizer = cache(lambda: load_tokenizer(folder))
-    text_len = folder.variant.text_len
-    return lambda prompts: encode_prompts(prompts, tokenizer(), encoder(), text_len)
+def check_sides(clips: Clips, data: DataConfig) -> None:
+    """`DataError` unless there is something to train on and something to measure on."""
+    if not clips.train:
+        raise DataError(
+            f"data.path={data.path}: nothing is left to train on. Everything is held out or cannot "
+            "be used; `python -m tools.dataset` with the same settings says what and why."
+        )
+    if not clips.heldout:
+        raise DataError(
+            f"data.path={data.path}: nothing is left to measure on. Add another file, or set "
+            "data.heldout_path to a folder of clips that are never trained on."
+        )

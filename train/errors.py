@@ -15,7 +15,8 @@ from omegaconf.errors import (
 )
 
 from data.sources import DataError
-from train.config import schema, unknown_key
+from train.compose import unknown_key
+from train.config import schema
 from train.learner import TrainingStopped
 from train.rules import ConfigError
 from wan.checkpoints import ModelError
@@ -85,7 +86,7 @@ def _place(error: Exception) -> str:
 def _wrong_setting(error: OmegaConfBaseException) -> str:
     path = str(error.full_key)
     if isinstance(error, (ConfigAttributeError, ConfigKeyError)):
-        return str(unknown_key(path))
+        return str(unknown_key(path, schema()))
     known = schema().get(path)
     if isinstance(error, ValidationError) and known is None:
         keys = [name for name in schema() if name.startswith(f"{path}.")]

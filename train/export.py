@@ -7,33 +7,32 @@ from pathlib import Path
 
 import torch
 
-from train.config import Config, resolved_yaml
-from train.dataset import EncodedDataset
+from train.compose import resolved_yaml
+from train.config import Config
+from train.encode import EncodedDataset
 from train.learner import Learner
 from train.validate import HeldoutLoss
-from wan.checkpoints import ModelFolder, component_hash
+from wan.checkpoints import Model, component_hash
 from wan.experts import Experts
 from wan.lora import adapter_state
 from wan.lora_format import ExportedFile, export_adapter
 from wan.lora_metadata import AdapterInfo
-from wan.variants import FOLDER_OF_EXPERT, Expert
+from wan.variants import Expert
 
 
 class Exporter:
     """Writes pairs of one run: what they share is gathered once, before training starts."""
 
-    def __init__(
-        self, config: Config, model: ModelFolder, dataset: EncodedDataset, folder: Path
-    ) -> None:
+    def __init__(self, config: Config, model: Model, dataset: EncodedDataset, folder: Path) -> None:
         self._config = config
         self._folder = folder
         self._variant = model.variant
         self._started = datetime.now(UTC)
         self._config_hash = hashlib.sha256(resolved_yaml(config).encode()).hexdigest()
         self._dataset_hash = dataset.fingerprint()
-        self._num_items = len(dataset.train.latents)
+        self._num_items = len(dataset.train)
         self._base_hash = {
-            expert: component_hash(model, name) for expert, name in FOLDER_OF_EXPERT.items()
+            expert: component_hash(model, expert) for expert in model.variant.experts
         }
 
     def write(

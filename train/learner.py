@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from data.batches import BatchOrder, load_batch
+from data.batches import BatchOrder, Draws, load_batch
 from train import optim
 from train.config import Config, ExpertConfig
-from train.dataset import EncodedDataset
+from train.encode import EncodedDataset
 from train.step import draw_noise, velocity_error
 from wan import flow, lora
 from wan.experts import Experts
@@ -36,6 +36,7 @@ class Learner:
     edges: Tensor  # (bins + 1,) of sigma: the bins in which losses are told
     order: BatchOrder
     seed: int
+    draws: Draws
     steps_done: int = 0
 
 
@@ -76,8 +77,26 @@ def make_learner(
         law=law,
         sigma_range=sigma_range,
         edges=flow.bin_edges(law, sigma_range, config.eval.bins),
-        order=BatchOrder(dataset.train.buckets, config.batch_size, seed),
+        order=BatchOrder(
+            [clip.bucket for clip in dataset.train.clips],
+            [clip.visits for clip in dataset.train.clips],
+            config.batch_size,
+            seed,
+            dataset.fingerprint(),
+        ),
         seed=seed,
+        draws=sample_draws(config, facts, seed),
+    )
+
+
+def sample_draws(config: Config, facts: Variant, seed: int) -> Draws:
+    """What the samples of a run are given, beside what the model always needs."""
+    first = config.condition.first_frame
+    return Draws(
+        seed=seed,
+        caption_dropout=config.data.caption_dropout,
+        first_frame=(0.5 if first is None else first) if facts.conditioning == "first_frame" else 0,
+        last_frame=config.condition.last_frame or 0.0,
     )
 
 
@@ -106,15 +125,7 @@ def train_step(
     for micro in range(config.accumulate):
         place = (step * config.accumulate + micro) * accelerator.num_processes
         place += accelerator.process_index
-        batch = load_batch(
-            learner.order.indices(place),
-            dataset.train.latents,
-            dataset.train.text,
-            dataset.empty_text,
-            learner.seed,
-            place,
-            config.data.caption_dropout,
-        )
+        batch = load_batch(dataset.train, learner.order.indices(place), learner.draws, place)
         draw = draw_noise(
             learner.law,
             learner.sigma_range,
@@ -124,8 +135,9 @@ def train_step(
             config.timesteps.low_discrepancy,
         )
         torch.manual_seed(flow.mix_seed(learner.seed, "dropout", place))  # for the adapter's own
-        loss = velocity_error(transformer, batch.latents, batch.text, draw, facts.text_len)
-        (loss.mean() / config.accumulate).backward()
+        loss = velocity_error(transformer, batch, draw, facts)
+        weighted = loss * batch.loss_weight.to(loss.device)
+        (weighted.mean() / config.accumulate).backward()
         losses.append(loss.detach())
         sigmas.append(draw.sigma)
     all_losses, all_sigmas = (_gathered(rows, accelerator) for rows in (losses, sigmas))
@@ -137,7 +149,9 @@ def train_step(
     figures = StepFigures(all_losses.mean().item(), all_losses, all_sigmas, grad_norm, rate)
     if not math.isfinite(all_losses.sum().item() + grad_norm):
         clips = _clips_of(learner, step, config.accumulate, accelerator.num_processes)
-        raise _not_finite(learner, step, figures, [dataset.train.names[clip] for clip in clips])
+        raise _not_finite(
+            learner, step, figures, [dataset.train.clips[clip].name for clip in clips]
+        )
     optim.set_learning_rate(learner.optimizer, rate)
     learner.optimizer.step()
     learner.optimizer.zero_grad(set_to_none=True)

@@ -6,6 +6,7 @@ accelerate launch train/lora.py experiment=t2v_character model.path=DIR data.pat
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -13,24 +14,32 @@ import torch
 from accelerate import Accelerator
 from omegaconf import DictConfig
 
-from train import config as settings
 from train import optim, report
+from train.compose import trained_experts, typed
 from train.config import Config
-from train.dataset import encode_dataset, plan_dataset
+from train.dataset import Progress, check_sides, plan_dataset
+from train.encode import encode_dataset, model_paths
 from train.errors import clear_errors
 from train.export import Exporter
-from train.learner import Learner, TrainingStopped, make_learner, timestep_law, train_step
+from train.learner import (
+    Learner,
+    TrainingStopped,
+    make_learner,
+    sample_draws,
+    timestep_law,
+    train_step,
+)
 from train.preview import plan_previews
 from train.run import Checked, Run, measure, sample, show
 from train.run_folder import open_run_folder, write_summary
-from train.tracking import Tracker
+from train.tracking import Tracker, progress_bar
 from train.turns import is_due, turns
 from train.validate import HeldoutLoss, HeldoutPlan
 from wan.checkpoints import find_model, load_vae
 from wan.experts import base_only, load_experts
 from wan.lora_format import checked_name
 from wan.reload import TOLERANCE, reload_errors
-from wan.variants import EXPERTS, TINY_PATH, VARIANTS, Expert
+from wan.variants import VARIANTS, Expert
 
 
 def train(config: Config) -> None:
@@ -38,7 +47,8 @@ def train(config: Config) -> None:
     accelerator = Accelerator()
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # `accelerate launch` leaves it one
-    checked = check(config)
+    with accelerator.main_process_first():  # the others find what it has read in the cache
+        checked = check(config, progress_bar(accelerator.is_main_process))
     run = prepare(checked, accelerator)
 
     with base_only(run.experts, list(run.learners)):
@@ -70,17 +80,19 @@ def train(config: Config) -> None:
     run.tracker.finish()
 
 
-def check(config: Config) -> Checked:
+def check(config: Config, progress: Progress) -> Checked:
     """Find everything that a user can get wrong, before any weight is read."""
     facts = VARIANTS[config.model.variant]
-    path = str(TINY_PATH) if config.model.path == settings.EMBEDDED else config.model.path
     optim.check_optimizer(config.optim)
     checked_name(config.name)
+    model = find_model(model_paths(config.model), facts.name)
+    clips = plan_dataset(config.data, facts, progress)
+    check_sides(clips, config.data)
     return Checked(
         config=config,
         facts=facts,
-        model=find_model(path, facts.name),
-        clips=plan_dataset(config.data, facts),
+        model=model,
+        clips=clips,
         previews=plan_previews(config.preview, facts, config.batch_size),
     )
 
@@ -93,24 +105,40 @@ def prepare(checked: Checked, accelerator: Accelerator) -> Run:
     law = timestep_law(config)
     tracker.say(report.before_training(checked, accelerator.device, law))
 
-    prompts = [shot.prompt for shot in checked.previews.shots] + [checked.previews.negative_prompt]
-    with tracker.phase("encoding"), accelerator.main_process_first():
+    with tracker.phase("encoding"):
         dataset = encode_dataset(
-            checked.clips, prompts, config, model, accelerator.device, tracker.progress
+            checked.clips,
+            checked.previews.texts,
+            config,
+            model,
+            accelerator.device,
+            tracker.progress,
+            tracker.say,
         )
     tracker.say(report.cache_use(config, dataset))
 
     with tracker.phase("loading"):
-        experts = load_experts(model, getattr(torch, config.model.dtype), accelerator.device)
+        experts = load_experts(
+            model,
+            getattr(torch, config.model.dtype),
+            accelerator.device,
+            resident=config.speed.placement == "resident",
+        )
         learners: dict[Expert, Learner] = {
             expert: make_learner(expert, config, facts, experts, dataset)
-            for expert in EXPERTS
-            if expert in config.experts
+            for expert in trained_experts(config)
         }
         vae = load_vae(model, torch.float32, accelerator.device)
         exporter = Exporter(config, model, dataset, folder)
+    given = replace(sample_draws(config, facts, config.seed), caption_dropout=0.0)
     checks = HeldoutPlan(
-        dataset.heldout, law, config.eval.bins, config.eval.draws, config.batch_size, config.seed
+        dataset.heldout,
+        given,
+        law,
+        config.eval.bins,
+        config.eval.draws,
+        config.batch_size,
+        config.seed,
     )
     return Run(
         config,
@@ -147,7 +175,7 @@ def deliver(run: Run, before: list[HeldoutLoss], after: list[HeldoutLoss]) -> No
 def main(cfg: DictConfig) -> None:
     """Hydra's door: typed settings in, a run out."""
     with clear_errors():
-        train(settings.typed(cfg))
+        train(typed(cfg))
 
 
 if __name__ == "__main__":

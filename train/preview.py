@@ -9,9 +9,19 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
+from data.buckets import Bucket, Clip
+from data.media import probe, read_clip
+from data.sources import DataError, Item, kind_of
 from train.config import PreviewConfig
+from train.encode import as_video
 from train.rules import ConfigError
 from train.video_files import side_by_side, write_mp4, write_sheet
+from wan.conditioning import (
+    Condition,
+    channels_condition,
+    first_frame_latents,
+    image_condition,
+)
 from wan.experts import Experts
 from wan.latents import decode_latents
 from wan.sampler import SampleSettings, sample_latents
@@ -25,6 +35,7 @@ class Shot:
 
     prompt: str
     seed: int
+    image: Path | None = None  # its first frame
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,11 @@ class PreviewPlan:
     settings: SampleSettings
     negative_prompt: str
     batch_size: int
+
+    @property
+    def texts(self) -> list[str]:
+        """Everything that must be encoded for it."""
+        return [*(shot.prompt for shot in self.shots), self.negative_prompt]
 
 
 Progress = Callable[[Iterable[int], str], Iterable[int]]
@@ -64,8 +80,16 @@ def plan_previews(preview: PreviewConfig, facts: Variant, batch_size: int) -> Pr
             f"preview.width={settings.width}: {error}"
         ) from error
     negative = preview.negative_prompt
+    images = [Path(image) for image in preview.images] or [None] * len(preview.prompts)
+    for image in images:
+        if image is not None:
+            _check_image(image)
     return PreviewPlan(
-        shots=[Shot(prompt, seed) for prompt in preview.prompts for seed in preview.seeds],
+        shots=[
+            Shot(prompt, seed, image)
+            for prompt, image in zip(preview.prompts, images, strict=True)
+            for seed in preview.seeds
+        ],
         settings=settings,
         negative_prompt=facts.negative_prompt if negative is None else negative,
         batch_size=batch_size,
@@ -92,7 +116,8 @@ def render(
         shots = plan.shots[start : start + plan.batch_size]
         prompts = pad_text([text[shot.prompt] for shot in shots], facts.text_len).to(device)
         seeds = [shot.seed for shot in shots]
-        latents = sample_latents(experts, plan.settings, facts, prompts, negative, seeds)
+        condition = _condition(shots, plan.settings, facts, vae)
+        latents = sample_latents(experts, plan.settings, facts, prompts, negative, seeds, condition)
         for row in latents:
             video = decode_latents(vae, row[None])[0]  # (3, T, H, W) in [-1, 1]
             levels = ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -100,6 +125,37 @@ def render(
     for expert, training in was_training.items():
         experts[expert].train(training)
     return videos
+
+
+def _check_image(image: Path) -> None:
+    """`ConfigError` unless this is an image that can be decoded."""
+    if kind_of(image) != "image":
+        raise ConfigError(f"preview.images: {image} is no image; give a .png, .jpg or .webp")
+    if not image.is_file():
+        raise ConfigError(f"preview.images: {image} does not exist; give an image")
+    try:
+        probe(image, "image", str(image))
+    except DataError as problem:
+        raise ConfigError(f"preview.images: {problem}") from problem
+
+
+def _condition(
+    shots: Sequence[Shot], settings: SampleSettings, facts: Variant, vae: AutoencoderKLWan
+) -> Condition:
+    """The first frames of the shots as the model takes them, at the size of the video."""
+    if not all(shot.image for shot in shots):
+        return Condition()
+    bucket = Bucket(1, settings.height, settings.width)
+    pictures = [
+        read_clip(Clip(Item(shot.image, ("",), "image", str(shot.image)), bucket, 0.0, 0.0, "keep"))
+        for shot in shots
+        if shot.image is not None
+    ]
+    images = torch.cat([as_video(picture)[:, :, 0] for picture in pictures])  # (B, 3, H, W)
+    if facts.conditioning == "first_frame":
+        return Condition(first_frame=first_frame_latents(vae, images))
+    latents = image_condition(vae, images, None, settings.frames)
+    return Condition(channels=channels_condition(latents, last=False))
 
 
 def save_samples(

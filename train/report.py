@@ -2,18 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 
 from data.buckets import Clip, describe_buckets
+from train.compose import trained_experts
 from train.config import Config
-from train.dataset import EncodedDataset
+from train.dataset import Clips
+from train.encode import EncodedDataset
 from train.run import Checked
 from train.validate import HeldoutLoss
 from wan.flow import SigmaRange, TimestepLaw, expert_range
 from wan.lora_format import ExportedFile
-from wan.variants import EXPERTS, Expert, Variant
+from wan.variants import Expert, Variant
 
 BARS = " ▁▂▃▄▅▆▇█"
 HISTOGRAM_BARS = 24
@@ -25,16 +28,27 @@ def before_training(checked: Checked, device: torch.device, law: TimestepLaw) ->
     config, facts = checked.config, checked.facts
     ranks = ", ".join(
         f"{expert}: rank {s.rank}, {s.steps} steps at {s.learning_rate:g}"
-        for expert in config.experts
-        for s in [config.high if expert == "high" else config.low]
+        for expert in trained_experts(config)
+        for s in [attrgetter(expert)(config)]
     )
     return "\n".join(
         [
             f"model      {facts.title} in {config.model.dtype} on {device}",
-            _clips_line("train", checked.clips.train),
-            _clips_line("held out", checked.clips.heldout),
+            clips_lines(checked.clips),
             f"adapters   {ranks}; {config.lora.targets} linears",
             _law_lines(config, law, facts),
+        ]
+    )
+
+
+def clips_lines(clips: Clips) -> str:
+    """What is used of the datasets, what is not and why, and what to know about it."""
+    return "\n".join(
+        [
+            _clips_line("train", clips.train),
+            _clips_line("held out", clips.heldout),
+            *(f"left out   {entry.name}: {entry.reason}" for entry in clips.dropped),
+            *(f"note       {note}" for note in clips.notes),
         ]
     )
 
@@ -46,18 +60,18 @@ def _clips_line(name: str, clips: Sequence[Clip]) -> str:
 
 def cache_use(config: Config, dataset: EncodedDataset) -> str:
     """What was encoded now and what was there already."""
-    sentences = "; ".join(report.sentence() for report in dataset.reports)
-    return f"cache      {sentences} (in {config.data.cache}/)"
+    lines = [line for report in dataset.reports for line in report.lines()]
+    return "\n".join([f"cache      in {config.data.cache}/", *(f"  {line}" for line in lines)])
 
 
 def _law_lines(config: Config, law: TimestepLaw, facts: Variant) -> str:
     lines = [
         f"timesteps  {law.base}, shift {law.shift:g}, truncated to each expert's range of sigma:"
     ]
-    for expert in EXPERTS:
+    for expert in facts.experts:
         sigmas = expert_range(facts.boundary, expert)
         share = law.share(sigmas)
-        use = "" if expert in config.experts else " (not trained)"
+        use = "" if expert in trained_experts(config) else " (not trained)"
         lines.append(
             f"  {expert:<8} {sigmas.low:.3f} |{_histogram(law, sigmas)}| {sigmas.high:.3f}  "
             f"{share:6.1%} of the untruncated law{use}"
@@ -108,11 +122,17 @@ def export(
             f"    reloaded by diffusers' WanPipeline: {errors[expert]:.2%} from the trained "
             f"adapter ({config.export.dtype} rounding)"
         )
+    pair = len(facts.experts) > 1
     lines.append(
-        "  ComfyUI: both into models/loras, one LoraLoaderModelOnly per expert.\n"
+        f"  ComfyUI: {'both ' if pair else ''}into models/loras, one LoraLoaderModelOnly "
+        "per expert.\n"
         "  diffusers: load_lora_weights(high), "
         "load_lora_weights(low, load_into_transformer_2=True)\n"
         f"  CivitAI: base model {facts.base_model!r}, one version for each file"
+        if pair
+        else "  ComfyUI: into models/loras, one LoraLoaderModelOnly.\n"
+        "  diffusers: load_lora_weights(file)\n"
+        f"  CivitAI: base model {facts.base_model!r}"
     )
     return "\n".join(lines)
 
@@ -121,10 +141,11 @@ def what_next(config: Config, folder: Path, sheet: Path | None) -> str:
     """What to look at and to type next."""
     lines = [f"look at    {sheet}" if sheet else "", f"all of it  {folder}/"]
     if config.model.variant == "tiny":
-        lines.append("measure    python -m tools.measure_tiny " + str(folder))
-    lines.append(
-        "           accelerate launch train/lora.py experiment=demo lora.rank=4 name=rank4"
-    )
+        lines += [
+            f"measure    python -m tools.measure_tiny {folder}",
+            "data       python -m tools.dataset experiment=demo",
+            "try        accelerate launch train/lora.py experiment=demo lora.rank=4 name=rank4",
+        ]
     return "\n".join(line for line in lines if line)
 
 

@@ -9,13 +9,14 @@ from accelerate import Accelerator
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from train.config import Config
-from train.dataset import Clips, EncodedDataset
+from train.dataset import Clips
+from train.encode import EncodedDataset
 from train.export import Exporter
 from train.learner import Learner
 from train.preview import PreviewPlan, render, save_samples
 from train.tracking import Tracker
 from train.validate import HeldoutLoss, HeldoutPlan, heldout_loss
-from wan.checkpoints import ModelFolder
+from wan.checkpoints import Model
 from wan.experts import Experts
 from wan.variants import Expert, Variant
 
@@ -26,7 +27,7 @@ class Checked:
 
     config: Config
     facts: Variant
-    model: ModelFolder
+    model: Model
     clips: Clips
     previews: PreviewPlan
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from train.config import Config, resolved_yaml
+from train.compose import resolved_yaml
+from train.config import Config
 from train.rules import ConfigError
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,12 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
+from data.batches import Batch
 from wan import flow
+from wan.conditioning import channels_condition
 from wan.text import pad_text
+from wan.transformer import predict_velocity
+from wan.variants import Variant
 
 
 @dataclass(frozen=True)
@@ -39,25 +43,38 @@ def draw_noise(
 
 
 def velocity_error(
-    transformer: WanTransformer3DModel,
-    latents: Tensor,
-    text: Sequence[Tensor],
-    draw: NoiseDraw,
-    text_len: int,
+    transformer: WanTransformer3DModel, batch: Batch, draw: NoiseDraw, facts: Variant
 ) -> Tensor:
     """Mean squared error (B,) in fp32 of the predicted velocity, for each sample.
 
-    `latents` (B, C, F, h, w) are clean, `text` is B embeddings (L_i, D). The model runs in its own
-    dtype, as in sampling (no autocast: it would take the time path down to bf16); path, target and
-    error stay in fp32 (wan22.md section 3.1).
+    Places count as their mask says, and a first frame that TI2V-5B is given does not count at all.
+    The model runs in its own dtype, as in sampling; path, target and error stay in fp32 (wan22.md
+    sections 3.1 and 4).
     """
-    device, dtype = transformer.device, transformer.dtype
-    x0 = latents.to(device, torch.float32)
+    device = transformer.device
+    x0 = batch.latents.to(device, torch.float32)
     noise, sigma = draw.noise.to(device), draw.sigma.to(device)
     x_sigma = flow.add_noise(x0, noise, sigma)  # (B, C, F, h, w)
-    padded = pad_text(text, text_len).to(device, dtype)  # (B, text_len, D)
-    predicted = transformer(x_sigma.to(dtype), flow.timestep_of(sigma), padded, return_dict=False)[
-        0
-    ]
-    error = predicted.float() - flow.velocity(x0, noise)
-    return error.square().mean(dim=(1, 2, 3, 4))
+    weight = x0.new_ones(x0.shape[0], *x0.shape[2:])  # (B, F, h, w)
+    if batch.mask is not None:
+        weight = batch.mask.to(device)
+
+    given = None
+    if facts.conditioning == "first_frame" and batch.first_given.any():
+        given = batch.first_given.to(device) & (x0.shape[2] > 1)  # (B,): an image has no more
+        hold = given.view(-1, 1, 1, 1, 1)
+        x_sigma = torch.cat([torch.where(hold, x0, x_sigma)[:, :, :1], x_sigma[:, :, 1:]], dim=2)
+        weight = weight.clone()
+        weight[:, 0] *= ~given[:, None, None]
+    if batch.condition is not None:
+        seen = [
+            channels_condition(condition[None], last)[0]
+            for condition, last in zip(batch.condition, batch.last_given.tolist(), strict=True)
+        ]
+        x_sigma = torch.cat([x_sigma, torch.stack(seen).to(x_sigma)], dim=1)  # (B, 36, F, h, w)
+
+    text = pad_text(batch.text, facts.text_len).to(device)  # (B, text_len, D)
+    predicted = predict_velocity(transformer, x_sigma, flow.timestep_of(sigma), text, given)
+    error = (predicted - flow.velocity(x0, noise)).square().mean(dim=1)  # (B, F, h, w)
+    # A mask may leave nothing but the frame that is given: no error then, not 0 / 0.
+    return (weight * error).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3)).clamp_min(1e-6)

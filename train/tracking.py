@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -71,14 +71,7 @@ class Tracker:
 
     def progress(self, steps: Iterable[T], name: str, total: int | None = None) -> Iterable[T]:
         """Iterate with a progress bar, which stays on the screen only while it moves."""
-        return tqdm(
-            steps,
-            f"{name:<20}",
-            total,
-            leave=False,
-            disable=not self._speaks,
-            mininterval=0.2 if sys.stderr.isatty() else LOG_FILE_INTERVAL,
-        )
+        return _bar(steps, name, total, self._speaks)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -151,6 +144,22 @@ class Tracker:
             return
         self._run.finish()
         self._file.close()
+
+
+def progress_bar(speaks: bool) -> Callable[[Iterable[int], str], Iterable[int]]:
+    """Progress before there is a run to track; silent on other processes than the main one."""
+    return lambda steps, name: _bar(steps, name, None, speaks)
+
+
+def _bar(steps: Iterable[T], name: str, total: int | None, speaks: bool) -> Iterable[T]:
+    return tqdm(
+        steps,
+        f"{name:<20}",
+        total,
+        leave=False,
+        disable=not speaks,
+        mininterval=0.2 if sys.stderr.isatty() else LOG_FILE_INTERVAL,
+    )
 
 
 def _by_bin(prefix: str, steps: Sequence[StepFigures], edges: Tensor) -> dict[str, float]:

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from torch import Tensor
 
-from data.cache import load_latents, load_text
-from train.dataset import CachedClips
+from data.batches import Batch, Draws, EncodedClips, happens, load_batch
 from train.step import NoiseDraw, velocity_error
 from wan import flow
 from wan.variants import Expert, Variant
@@ -30,7 +28,8 @@ class HeldoutLoss:
 class HeldoutPlan:
     """What is measured: every clip, in every bin, with so many draws of noise."""
 
-    clips: CachedClips
+    clips: EncodedClips
+    given: Draws  # what the model is given beside the noise
     law: flow.TimestepLaw
     bins: int
     draws: int
@@ -54,18 +53,16 @@ def heldout_loss(
     edges = flow.bin_edges(plan.law, sigma_range, plan.bins)
     was_training = transformer.training
     transformer.eval()
-    losses = torch.zeros(len(plan.clips.latents), plan.draws, plan.bins, dtype=torch.float64)
+    losses = torch.zeros(len(plan.clips), plan.draws, plan.bins, dtype=torch.float64)
     for clip in progress(range(len(losses)), f"held-out loss, {expert}"):
-        latents = load_latents(plan.clips.latents[clip])  # (C, F, h, w)
-        text = load_text(plan.clips.text[clip])
-        draws = _draws(plan, sigma_range, expert, plan.clips.names[clip], latents)
+        batch = _repeated(plan, clip)
+        name = plan.clips.clips[clip].name
+        draws = _draws(plan, sigma_range, expert, name, batch.latents.shape[1:])
         errors = []
         for start in range(0, len(draws.sigma), plan.batch_size):
             part = slice(start, start + plan.batch_size)
             draw = NoiseDraw(draws.sigma[part], draws.noise[part])
-            count = len(draw.sigma)
-            batch = latents.expand(count, *latents.shape)
-            error = velocity_error(transformer, batch, [text] * count, draw, facts.text_len)
+            error = velocity_error(transformer, _part(batch, part), draw, facts)
             errors.append(error.double().cpu())
         losses[clip] = torch.cat(errors).view(plan.draws, plan.bins)
     transformer.train(was_training)
@@ -81,8 +78,49 @@ def heldout_loss(
     )
 
 
+def _repeated(plan: HeldoutPlan, clip: int) -> Batch:
+    """A clip draws x bins times, given the same each time, whatever clips are beside it."""
+    count = plan.draws * plan.bins
+    place = flow.mix_seed("heldout", plan.clips.clips[clip].name)
+    one = load_batch(plan.clips, [clip], plan.given, place)
+    first = [
+        happens(plan.given.seed, "first", place, slot, plan.given.first_frame)
+        for slot in range(count)
+    ]
+    return Batch(
+        clips=one.clips * count,
+        latents=one.latents.expand(count, *one.latents.shape[1:]),
+        text=one.text * count,
+        mask=None if one.mask is None else one.mask.expand(count, *one.mask.shape[1:]),
+        loss_weight=one.loss_weight.expand(count),
+        condition=None
+        if one.condition is None
+        else one.condition.expand(count, *one.condition.shape[1:]),
+        first_given=torch.tensor(first),
+        last_given=one.last_given.expand(count),
+    )
+
+
+def _part(batch: Batch, part: slice) -> Batch:
+    """Some of the samples of a batch."""
+    return Batch(
+        clips=batch.clips[part],
+        latents=batch.latents[part],
+        text=batch.text[part],
+        mask=None if batch.mask is None else batch.mask[part],
+        loss_weight=batch.loss_weight[part],
+        condition=None if batch.condition is None else batch.condition[part],
+        first_given=batch.first_given[part],
+        last_given=batch.last_given[part],
+    )
+
+
 def _draws(
-    plan: HeldoutPlan, sigma_range: flow.SigmaRange, expert: Expert, clip: str, latents: Tensor
+    plan: HeldoutPlan,
+    sigma_range: flow.SigmaRange,
+    expert: Expert,
+    clip: str,
+    shape: torch.Size,
 ) -> NoiseDraw:
     """draws x bins noise levels, one in each bin at a place of its own, and their noise."""
     count = plan.draws * plan.bins
@@ -90,5 +128,5 @@ def _draws(
     within = flow.uniforms(seed, 0, count, low_discrepancy=True)
     position = torch.arange(count) % plan.bins
     sigma = plan.law.draw((position + within) / plan.bins, sigma_range)
-    noise = torch.stack([flow.noise_like(latents.shape, seed, index) for index in range(count)])
+    noise = torch.stack([flow.noise_like(shape, seed, index) for index in range(count)])
     return NoiseDraw(sigma, noise)

@@ -1,0 +1,215 @@
+"""From command-line arguments and YAML files to one checked `Config`, or one clear sentence.
+
+Hydra composes; after `typed` nothing sees a Hydra object any more.
+"""
+
+import difflib
+from collections.abc import Mapping
+from operator import attrgetter
+from pathlib import Path
+
+import hydra
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ValidationError
+
+from train.config import EMBEDDED, Config, SourceConfig, schema
+from train.rules import ConfigError, Key, check_value, keys_of
+from wan.variants import VARIANTS, Expert
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def unknown_key(path: str, keys: Mapping[str, Key]) -> ConfigError:
+    """The error for a key that is none of `keys`, with those that look like it."""
+    if path.startswith("optim.args."):
+        return ConfigError(f"{path} is not set yet: to add it, write +{path}=…")
+    groups = {
+        folder.name: f"a file of conf/{folder.name}" for folder in CONF.iterdir() if folder.is_dir()
+    }
+    known = groups | {name: found.doc for name, found in keys.items()}
+    near = difflib.get_close_matches(path, known, n=3, cutoff=0.8)
+    if not near:  # the right key in the wrong section, such as rank or data.rank
+        ends = difflib.get_close_matches(
+            path.split(".")[-1], {n.split(".")[-1] for n in known}, n=1
+        )
+        near = [name for name in known if name.split(".")[-1] in ends]
+    if not near:
+        return ConfigError(f"{path} is not a key. conf/config.yaml lists them all.")
+    guesses = " or ".join(f"{name} ({known[name]})" for name in near)
+    return ConfigError(f"{path} is not a key; did you mean {guesses}?")
+
+
+def typed(cfg: DictConfig) -> Config:
+    """The composed settings as checked plain dataclasses; `ConfigError` if one is wrong."""
+    values = _leaves(OmegaConf.to_container(cfg), "")
+    mixed = [f"data.mix.{name}" for name in cfg.data.mix]
+    known = schema() | {found.path: found for name in mixed for found in _source_keys(name)}
+    for path in values:
+        if path not in known:  # +lora.rnak=3 gets past Hydra
+            raise unknown_key(path, known)
+    missing = [path for path, value in values.items() if value == MISSING]
+    missing += [f"{name}.path" for name in mixed if f"{name}.path" not in values]
+    if missing:
+        raise ConfigError(
+            f"not set: {', '.join(f'{path} ({known[path].doc})' for path in missing)}. Write "
+            f"{' '.join(f'{path}=…' for path in missing)} on the command line, or choose an "
+            "experiment that sets this, such as experiment=demo."
+        )
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, Config), "the defaults list of conf/config.yaml begins with `schema`"
+    config.data.mix = {name: _source(name, cfg.data.mix[name]) for name in config.data.mix}
+    check(config)
+    return config
+
+
+def _source(name: str, given: DictConfig) -> SourceConfig:
+    """One dataset of `data.mix`, its types checked."""
+    try:
+        source = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), given))
+    except ValidationError as error:
+        found = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"data.mix.{name}.{error.full_key}: {found}.") from None
+    assert isinstance(source, SourceConfig)
+    return source
+
+
+def _source_keys(prefix: str) -> list[Key]:
+    """The keys of one dataset of `data.mix`, which users name."""
+    return keys_of(SourceConfig, f"{prefix}.")
+
+
+def _leaves(value: object, path: str) -> dict[str, object]:
+    # The keys of optim.args are the optimizer's.
+    if not isinstance(value, dict) or path == "optim.args" or not value:
+        return {path: value}
+    inner = [_leaves(item, f"{path}.{name}".strip(".")) for name, item in value.items()]
+    return {name: item for leaves in inner for name, item in leaves.items()}
+
+
+def compose(overrides: list[str]) -> Config:
+    """The run that these command-line arguments describe, for tests and tools."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return typed(hydra.compose("config", overrides))
+
+
+def resolved_yaml(config: Config) -> str:
+    """The configuration of a run as YAML without interpolations, for its folder."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def check(config: Config) -> None:
+    """Raise `ConfigError` at the first value that cannot work, alone or with the others."""
+    for path, known in schema().items():
+        check_value(known, attrgetter(path)(config))
+    for name, source in config.data.mix.items():
+        for known in _source_keys(f"data.mix.{name}"):
+            check_value(known, getattr(source, known.path.split(".")[-1]))
+    _check_together(config)
+
+
+def trained_experts(config: Config) -> tuple[Expert, ...]:
+    """The experts that a run trains, in the model's order."""
+    experts = VARIANTS[config.model.variant].experts
+    return tuple(expert for expert in experts if expert in (config.experts or experts))
+
+
+def _check_together(config: Config) -> None:
+    _check_model(config)
+    _check_data(config)
+    _check_condition(config)
+    timesteps, optim = config.timesteps, config.optim
+    if timesteps.base == "uniform" and timesteps.scale != 1:
+        raise ConfigError(
+            f"timesteps.scale is {timesteps.scale:g}, which has no effect with "
+            "timesteps.base=uniform. Leave it out, or set timesteps.base=logit_normal."
+        )
+    if "lr" in optim.args:
+        raise ConfigError("optim.args has lr: the learning rate is set as optim.learning_rate.")
+    for expert in trained_experts(config):
+        steps = attrgetter(f"{expert}.steps")(config)
+        if optim.warmup_steps >= steps:
+            raise ConfigError(
+                f"optim.warmup_steps is {optim.warmup_steps}, but {expert}.steps is {steps}: the "
+                "full learning rate is never reached. Set a shorter warm-up or more steps."
+            )
+
+
+def _check_model(config: Config) -> None:
+    model, facts = config.model, VARIANTS[config.model.variant]
+    if model.path == EMBEDDED and model.variant != "tiny":
+        raise ConfigError(
+            f"model.path is {EMBEDDED}, but only the variant tiny lies in this repository, and "
+            f"model.variant is {model.variant}. Set model.path to the folder of its weights."
+        )
+    foreign = [expert for expert in config.experts or [] if expert not in facts.experts]
+    if foreign:
+        raise ConfigError(
+            f"experts holds {foreign[0]}, but {facts.title} has {' and '.join(facts.experts)}. "
+            "Leave experts out to train all that the model has."
+        )
+    for expert in ("high", "low"):
+        if getattr(model, expert) is not None and expert not in facts.experts:
+            raise ConfigError(
+                f"model.{expert} is {getattr(model, expert)}, but {facts.title} has one "
+                "transformer: give it as model.path."
+            )
+
+
+def _check_data(config: Config) -> None:
+    data, known = config.data, schema()
+    if data.heldout_path and not data.heldout_path.endswith(".txt"):
+        if data.heldout_fraction != known["data.heldout_fraction"].default:
+            raise ConfigError(
+                f"data.heldout_fraction is {data.heldout_fraction:g}, which has no effect next to "
+                f"data.heldout_path={data.heldout_path}. Leave one of the two out."
+            )
+        if Path(data.heldout_path).resolve() == Path(data.path).resolve():
+            raise ConfigError(
+                f"data.heldout_path is {data.heldout_path}, what is trained on. Set another "
+                "folder, or leave it out to hold out a share of data.path."
+            )
+    for name, extraction in (("windows", "uniform"), ("stride", "sliding")):
+        value = getattr(data, name)
+        if value is not None and data.extraction != extraction:
+            raise ConfigError(
+                f"data.{name} is {value}, which has no effect with data.extraction="
+                f"{data.extraction}. Leave it out, or set data.extraction={extraction}."
+            )
+    if data.extraction == "uniform" and data.windows is None:
+        raise ConfigError(
+            "data.extraction is uniform and data.windows is null. Set data.windows to how many "
+            "windows to take of each video."
+        )
+    for name, source in data.mix.items():
+        if source.regularisation and source.prefix:
+            raise ConfigError(
+                f"data.mix.{name}.prefix is {source.prefix!r}, which has no effect on a "
+                "regularisation set: its captions stay as they are. Leave one of the two out."
+            )
+
+
+def _check_condition(config: Config) -> None:
+    facts, condition, preview = VARIANTS[config.model.variant], config.condition, config.preview
+    for name, needed in (("first_frame", "first_frame"), ("last_frame", "channels")):
+        value = getattr(condition, name)
+        if value is not None and facts.conditioning != needed:
+            meant = [v.title for v in VARIANTS.values() if v.conditioning == needed]
+            raise ConfigError(
+                f"condition.{name} is {value:g}, which has no effect with {facts.title}: it is a "
+                f"setting of {' and '.join(meant)}. Leave it out."
+            )
+    if preview.images and facts.conditioning == "none":
+        raise ConfigError(
+            f"preview.images is set, but {facts.title} takes no image. Leave it out, or train "
+            "model=i2v_a14b or model=ti2v_5b."
+        )
+    if preview.images and len(preview.images) != len(preview.prompts):
+        raise ConfigError(
+            f"preview.images holds {len(preview.images)} and preview.prompts "
+            f"{len(preview.prompts)}: give one image for each prompt, in the same order."
+        )
+    if facts.conditioning == "channels" and preview.prompts and not preview.images:
+        raise ConfigError(
+            f"preview.prompts is set without preview.images: {facts.title} makes videos from "
+            "images. Give one image for each prompt, or preview.prompts=[] for no previews."
+        )
