@@ -2,9 +2,9 @@
 
     python -m tools.make_demo_data
 
-Writes real files, as a user would have them: 12 short mp4 and 12 png with .txt captions into
-datasets/demo/train, 30 ordinary things into datasets/demo/world, 3 clips into datasets/demo/heldout.
-The files are in git; this changes them.
+Writes real files, as a user would have them, into datasets/demo: 12 short mp4 and 12 png with .txt
+captions into train, 3 clips into heldout, 30 ordinary things into world. The files are in git; this
+changes them.
 """
 
 import argparse

@@ -151,7 +151,8 @@ def stage_assemble(build: Path, target: Path, judge_path: Path = judging.WEIGHTS
     encoder = tiny_denoiser.new_text_encoder(len(tokenizer))
     encoder.load_state_dict(load_file(build / "text_encoder.safetensors"))
     tiny_vae.save_component(encoder, target / "text_encoder")
-    for expert, folder in variants.FOLDER_OF_EXPERT.items():
+    for expert in variants.EXPERTS:
+        folder = variants.FOLDER_OF_EXPERT[expert]
         denoiser = tiny_denoiser.new_denoiser()
         denoiser.load_state_dict(load_file(build / f"{expert}.safetensors"))
         tiny_vae.save_component(denoiser, target / folder)
