@@ -242,8 +242,9 @@ def test_run_killed_while_it_writes_leaves_nothing_half_written(
         cache_latents(clips, facts, Encoder().load, "vae", store)
 
     assert ended([in_child(work)]) == [-signal.SIGXFSZ]
-    (partial,) = store.root.glob("latents/*/*")
-    assert (partial.name[0], partial.stat().st_size) == (".", 1000)
+    partial = list(store.root.glob("latents/*/*"))  # several are written at a time
+    assert {file.name[0] for file in partial} == {"."}
+    assert max(file.stat().st_size for file in partial) == 1000
     assert fill(clips, store) == (3, CacheReport("latents", 3, 0, {"new": 3}))
 
 

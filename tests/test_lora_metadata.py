@@ -8,7 +8,7 @@ from adapter_examples import INFO
 
 from wan.checkpoints import ModelError
 from wan.lora_metadata import metadata
-from wan.variants import VARIANTS
+from wan.variants import VARIANTS, Expert
 
 HASH = "a" * 64
 
@@ -69,11 +69,32 @@ def test_the_entries_are_exactly_these() -> None:
     }
 
 
-@pytest.mark.parametrize(("expert", "expected"), [("high", "875,1000"), ("low", "0,875")])
+@pytest.mark.parametrize(
+    ("name", "expert", "expected"),
+    [
+        ("t2v_a14b", "high", "875,1000"),
+        ("t2v_a14b", "low", "0,875"),
+        ("i2v_a14b", "high", "900,1000"),
+        ("i2v_a14b", "low", "0,900"),
+        ("tiny", "low", "0,875"),
+    ],
+)
+def test_the_timestep_range_is_the_experts(name: str, expert: Expert, expected: str) -> None:
+    entries = metadata(replace(INFO, variant=VARIANTS[name], expert=expert), HASH)
+    assert entries["modelspec.timestep_range"] == expected
+
+
+def test_one_transformer_has_no_range_and_no_boundary() -> None:
+    entries = metadata(replace(INFO, variant=VARIANTS["ti2v_5b"], expert="single"), HASH)
+    assert entries.keys().isdisjoint({"modelspec.timestep_range", "wan_lora.boundary"})
+    assert entries["modelspec.title"] == "Blue Fox"
+    assert entries["wan_lora.expert"] == "single"
+
+
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_timestep_range_is_the_experts(name: str, expert: str, expected: str) -> None:
-    info = replace(INFO, variant=VARIANTS[name], expert=expert)
-    assert metadata(info, HASH)["modelspec.timestep_range"] == expected
+def test_the_base_model_is_named_as_civitai_names_it(name: str) -> None:
+    facts = VARIANTS[name]
+    info = replace(INFO, variant=facts, expert=facts.experts[0])
     assert metadata(info, HASH)["ss_base_model_version"] == VARIANTS[name].base_model
 
 
