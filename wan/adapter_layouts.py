@@ -1,0 +1,390 @@
+"""Adapter files as every tool writes them: read any, write those that loaders expect.
+
+    comfy      diffusion_model.<official>.lora_A.weight       scale in B, no alpha
+    kohya      lora_unet_<official with _>.lora_down.weight   alpha = rank, every linear of a block
+    diffusers  transformer.<diffusers>.lora_A.weight          scale in B, no alpha
+    peft       base_model.model.<diffusers>.lora_A.weight     adapter_config.json beside it
+    official   <official>.lora_A.weight                       scale in B, no alpha
+
+Source: `spec/lora_formats.md` sections 2, 5.3, 6.1 to 6.5.
+"""
+
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from wan.adapter_names import Layout, block_linear, diffusers_name, read_stem, stem_of
+from wan.adapter_values import Factors, check_factors, check_growth, written_factors
+from wan.headers import ModelError
+from wan.lora import BLOCK_LINEARS
+from wan.lora_metadata import OURS
+from wan.safetensors_writer import data_sha256, legacy_hash, write_safetensors
+from wan.variants import VARIANTS, Expert
+
+log = logging.getLogger(__name__)
+
+PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+DIFFUSERS_CONFIG = "lora_adapter_metadata"  # an entry of the header: a LoraConfig as JSON
+CONFIGS = (DIFFUSERS_CONFIG, "lora_config")  # finetrainers' entry, which nothing else reads
+SCALE_IN_B: tuple[Layout, ...] = ("comfy", "kohya", "diffusers", "official")
+
+MOST_ALPHA = 1e6  # section 6.4: diffusers hangs on a negative one
+
+Part = Literal["a", "b", "alpha"]
+_PARTS: dict[str, Part] = {"A": "a", "down": "a", "B": "b", "up": "b"}
+_TENSOR = re.compile(r"(.+)\.(?:lora_(A|B|down|up)(?:\.default)?(?:\.weight)?|alpha)")
+
+# What a name that is no plain LoRA's tells: the first that is found in it.
+_WHY_NOT = (
+    (
+        r"^(diffusion_model\.)?transformer_[12]\.",
+        "loaders ignore this prefix: each expert needs a file of its own, with 'transformer.' in "
+        "both (load_into_transformer_2=True picks the low-noise one)",
+    ),
+    (
+        r"patch_embedding",
+        "diffusers refuses an adapter on it and WanVideoWrapper takes the file for a Control-LoRA",
+    ),
+    (r"dora_scale|lora_magnitude_vector", "this is DoRA, which is not read as a plain LoRA"),
+    (r"lokr_|hada_|lora_mid", "this is LoKr, LoHa or LoCon, which is no product B @ A"),
+    (
+        r"\.(diff(_b|_m)?|set_weight|reshape_weight)$",
+        "this is a change of whole weights beside the LoRA, which would be lost",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter of one expert, whatever wrote it."""
+
+    path: Path
+    layout: Layout
+    modules: dict[str, Factors]  # by official name: "blocks.0.self_attn.q"
+    metadata: dict[str, str]
+
+
+def read_any(path: Path, alpha: float | None = None) -> AdapterFile:
+    """The adapter in a file of any layout, or in a folder that PEFT saved. Tensors stay on disk.
+
+    The scale is alpha / rank (alpha / sqrt(rank) of a configuration with use_rslora), 1 without an
+    alpha. `alpha` is for PEFT's files alone, whose adapter_config.json is lost. `ModelError` names
+    the file and its tensor if it is missing, broken, damaged, of two layouts or no plain LoRA.
+    """
+    path = path / PEFT_WEIGHTS if path.is_dir() else path
+    tensors, metadata = read_tensors(path)
+    try:
+        layout, parts = _sorted_by_module(tensors)
+        if layout == "kohya":
+            parts = {name: found for name, found in parts.items() if not _fills_up(found)} or parts
+        modules = _with_scales(parts, layout, _config(path, layout, metadata, alpha))
+    except ModelError as error:
+        raise ModelError(f"{path} {error}") from None
+    try:
+        check_factors(modules)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    is_ours = f"{OURS}format_version" in metadata
+    if is_ours and metadata.get("sshs_model_hash") != data_sha256(tensors):
+        raise ModelError(f"{path} is damaged: its data do not have the hash of its header")
+    if DIFFUSERS_CONFIG in metadata and layout != "diffusers":
+        log.warning(
+            "%s: its entry %s is ignored, as by ComfyUI; diffusers would scale the adapter by it "
+            "once more. A converted file has the right scale everywhere",
+            path,
+            DIFFUSERS_CONFIG,
+        )
+    return AdapterFile(path, layout, modules, metadata)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors, mapped from disk, and the metadata; `ModelError` if it is no whole file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing; expected an adapter's .safetensors file") from None
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not a whole safetensors file ({error})") from None
+
+
+def write_layout(
+    path: Path,
+    modules: Mapping[str, Factors],
+    layout: Layout,
+    dtype: torch.dtype,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write an adapter as loaders of `layout` expect it; the same bytes in each process.
+
+    PEFT keeps alpha in adapter_config.json, which is written beside `path`; elsewhere the scale is
+    in B. Hashes, rank and alpha among `metadata` are made right. `ModelError`, and nothing is
+    written, if a layout or the dtype cannot hold the adapter.
+    """
+    if not modules:
+        raise ModelError(f"{path} would be empty: the adapter has no modules")
+    rank = max(factors.rank for factors in modules.values())
+    scales = {factors.scale for factors in modules.values()}
+    fold = layout in SCALE_IN_B or len(scales) > 1
+    alpha = float(rank if fold else scales.pop() * rank)
+    written = written_factors(modules, rank, dtype, fold)
+    if layout == "kohya":
+        written = _whole_blocks(written, rank, dtype)
+    tensors = named_tensors(written, layout)
+    if layout == "peft" and path.name != PEFT_WEIGHTS:
+        raise ModelError(f"{path}: PEFT reads no file but {PEFT_WEIGHTS}; name it so")
+    write_safetensors(path, tensors, _entries(tensors, rank, alpha, metadata))
+    if layout == "peft":
+        _write_peft_config(path.with_name(PEFT_CONFIG), written, rank, alpha)
+
+
+def named_tensors(
+    written: Mapping[str, tuple[Tensor, Tensor]], layout: Layout
+) -> dict[str, Tensor]:
+    """The tensors of a file, from those of `written_factors`."""
+    factors = ("lora_down", "lora_up") if layout == "kohya" else ("lora_A", "lora_B")
+    tensors: dict[str, Tensor] = {}
+    for module, pair in written.items():
+        stem = stem_of(module, layout)
+        for factor, tensor in zip(factors, pair, strict=True):
+            tensors[f"{stem}.{factor}.weight"] = tensor
+        if layout == "kohya":  # diffusers and musubi fail without it
+            tensors[f"{stem}.alpha"] = torch.tensor(float(pair[0].shape[0]))
+    return tensors
+
+
+def pair_of(path: Path) -> dict[Expert, Path]:
+    """The file and its sibling of the other expert, high first, as their names tell.
+
+    Names say "high_noise" or "low_noise", in the file or in its folder; a bare "high" or "low"
+    counts only if the other file is there. {"single": path} if nothing tells an expert.
+    """
+    for named in (path, path.parent):
+        for pattern in (r"(high|low)(?=[_-]?noise)", r"(?<![a-z])(high|low)(?![a-z])"):
+            found = re.search(pattern, named.name, re.IGNORECASE)
+            if found is None:
+                continue
+            expert: Expert = "high" if found[0].lower() == "high" else "low"
+            other: Expert = "low" if expert == "high" else "high"
+            spelled = other.upper() if found[0].isupper() else other
+            spelled = other.capitalize() if found[0].istitle() else spelled
+            name = named.name[: found.start()] + spelled + named.name[found.end() :]
+            sibling = named.with_name(name) / path.relative_to(named)
+            if sibling.exists():
+                pair: dict[Expert, Path] = {expert: path, other: sibling}
+                return {"high": pair["high"], "low": pair["low"]}
+            if "noise" in pattern:
+                return {expert: path}
+    return {"single": path}
+
+
+# Reading
+
+
+def _sorted_by_module(
+    tensors: Mapping[str, Tensor],
+) -> tuple[Layout, dict[str, dict[Part, Tensor]]]:
+    """The file's one layout, and the tensors of each module by what they are."""
+    layout: Layout | None = None
+    parts: dict[str, dict[Part, Tensor]] = {}
+    for name, tensor in tensors.items():
+        found = _TENSOR.fullmatch(name)
+        stem = read_stem(found[1]) if found else None
+        if not found or not stem:
+            raise ModelError(f"has a tensor named {name!r}: {_why_not(name)}")
+        if layout not in (None, stem[0]):
+            raise ModelError(
+                f"has a tensor named {name!r}, of layout {stem[0]}, beside others of {layout}; "
+                "expected one layout in a file"
+            )
+        layout = stem[0]
+        part = _PARTS.get(found[2], "alpha")
+        if parts.setdefault(stem[1], {}).setdefault(part, tensor) is not tensor:
+            raise ModelError(f"has a tensor named {name!r} beside another that means the same")
+    if layout is None:
+        raise ModelError("is empty; expected tensors named <module>.lora_A.weight")
+    return layout, parts
+
+
+def _why_not(name: str) -> str:
+    for pattern, reason in _WHY_NOT:
+        if re.search(pattern, name):
+            return f"{reason}; take a plain LoRA without it"
+    return (
+        "no linear of Wan is called so in any layout; expected a plain LoRA with names like "
+        "'diffusion_model.blocks.0.self_attn.q.lora_A.weight'"
+    )
+
+
+def _fills_up(parts: Mapping[Part, Tensor]) -> bool:
+    """Whether a module is there only because diffusers wants all ten of a block in this layout."""
+    return {"a", "b"} <= parts.keys() and not parts["a"].any() and not parts["b"].any()
+
+
+def _with_scales(
+    parts: Mapping[str, Mapping[Part, Tensor]],
+    layout: Layout,
+    config: Mapping[str, object] | None,
+) -> dict[str, Factors]:
+    """Each module's factors; the scale is told by an alpha, a configuration, or is 1."""
+    modules: dict[str, Factors] = {}
+    for module, found in parts.items():
+        if "a" not in found or "b" not in found:
+            raise ModelError(
+                f"needs both lora_A and lora_B (or lora_down and lora_up) of "
+                f"{stem_of(module, layout)}; one is missing: take a whole file"
+            )
+        rank, scale = found["a"].shape[0] if found["a"].ndim else 0, 1.0
+        if "alpha" in found and rank:
+            scale = _checked_alpha(_number(found["alpha"]), f"{stem_of(module, layout)}.alpha")
+            scale /= rank
+        elif config is not None and rank:
+            scale = _configured_scale(config, diffusers_name(module), rank)
+        modules[module] = Factors(found["a"], found["b"], scale)
+    return modules
+
+
+def _number(tensor: Tensor) -> object:
+    return tensor.item() if tensor.numel() == 1 else list(tensor.shape)
+
+
+def _checked_alpha(alpha: object, name: str) -> float:
+    if not isinstance(alpha, int | float) or not 0 < alpha <= MOST_ALPHA:
+        raise ModelError(f"says {name} is {alpha}; expected a number above 0, up to {MOST_ALPHA:g}")
+    return float(alpha)
+
+
+def _config(
+    path: Path, layout: Layout, metadata: Mapping[str, str], alpha: float | None
+) -> dict[str, object] | None:
+    """The LoraConfig that tells the scale: PEFT's file, diffusers' entry, or none."""
+    if layout == "peft":
+        beside = path.with_name(PEFT_CONFIG)
+        if alpha is not None:
+            return {"lora_alpha": alpha}
+        if not beside.is_file():
+            raise ModelError(
+                f"is a file of PEFT, which keeps alpha in {PEFT_CONFIG}; that is not beside it: "
+                "put it there, or give --alpha (that of the training; the rank, if unknown)"
+            )
+        return _json(beside.read_bytes(), PEFT_CONFIG)
+    if layout != "diffusers" or DIFFUSERS_CONFIG not in metadata:
+        return None
+    entries = _json(metadata[DIFFUSERS_CONFIG].encode(), DIFFUSERS_CONFIG)
+    prefix = "transformer."
+    config = {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
+    if not config:
+        raise ModelError(f"has an entry {DIFFUSERS_CONFIG} without any key that begins '{prefix}'")
+    return config
+
+
+def _json(text: bytes, name: str) -> dict[str, object]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"has a damaged {name} ({error})") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"has a damaged {name}: expected a JSON object")
+    return content
+
+
+def _configured_scale(config: Mapping[str, object], module: str, rank: int) -> float:
+    """alpha / rank of a module (a diffusers name), as PEFT computes it from a LoraConfig."""
+    if config.get("use_dora") or config.get("peft_type", "LORA") != "LORA":
+        raise ModelError("is configured as DoRA or another method; expected a plain LoRA")
+    alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ModelError("has an alpha_pattern that is no JSON object")
+    for name, value in patterns.items():
+        # PEFT takes regular expressions; a module's name is one whose dots need no escape.
+        if not re.fullmatch(r"[\w.]+", name):
+            raise ModelError(f"has {name!r} as an alpha_pattern; expected names of modules")
+        alpha = value if f".{module}".endswith(f".{name}") else alpha
+    root = math.sqrt(rank) if config.get("use_rslora") else rank
+    return _checked_alpha(alpha, "lora_alpha") / root
+
+
+# Writing
+
+
+def _entries(
+    tensors: Mapping[str, Tensor], rank: int, alpha: float, metadata: Mapping[str, str]
+) -> dict[str, str]:
+    """`metadata` as it holds for these tensors."""
+    digest = data_sha256(tensors)
+    entries = {name: value for name, value in metadata.items() if name not in CONFIGS}
+    if "ss_network_dim" in entries:
+        entries |= {"ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
+    entries |= {
+        "format": "pt",
+        "modelspec.hash_sha256": f"0x{digest}",
+        "sshs_model_hash": digest,
+    }
+    return entries | {"sshs_legacy_hash": legacy_hash(tensors, entries)}
+
+
+def _whole_blocks(
+    written: Mapping[str, tuple[Tensor, Tensor]], rank: int, dtype: torch.dtype
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """All ten linears of all blocks, zeros where nothing is: diffusers wants them in kohya's."""
+    places = {module: block_linear(module) for module in written}
+    if outside := [module for module, place in places.items() if place is None]:
+        raise ModelError(
+            f"the adapter has weights for {outside[0]}, which diffusers cannot read in layout "
+            "kohya; expected the linears of blocks only, or another layout"
+        )
+    seen = {place: written[module] for module, place in places.items() if place}
+    widths = {linear: (b.shape[0], a.shape[1]) for (_, linear), (a, b) in seen.items()}
+    dim = next(out if linear == "ffn.2" else wide for linear, (out, wide) in widths.items())
+    facts = next((v.transformer for v in VARIANTS.values() if v.transformer.dim == dim), None)
+    ffn = widths["ffn.0"][0] if "ffn.0" in widths else widths.get("ffn.2", (0, 0))[1]
+    ffn = ffn or (facts.ffn_dim if facts else 0)
+    if not ffn:
+        raise ModelError(
+            f"no model of width {dim} is known, so the missing ffn of its blocks cannot be filled "
+            "up with zeros, as layout kohya needs; expected another layout"
+        )
+    widths = dict.fromkeys(BLOCK_LINEARS.values(), (dim, dim))
+    widths |= {"ffn.0": (ffn, dim), "ffn.2": (dim, ffn)}
+    layers, last = facts.layers if facts else 0, max(block for block, _ in seen)
+    if facts is None:
+        layers = last + 1
+        growth = layers * rank * sum(out + wide for out, wide in widths.values())
+        check_growth((Factors(a, b, 1.0) for a, b in seen.values()), growth)
+    elif last >= layers:
+        raise ModelError(
+            f"the adapter has a block {last}; models of its width, {dim}, have {layers} blocks"
+        )
+    return {
+        f"blocks.{block}.{linear}": seen.get((block, linear))
+        or (torch.zeros(rank, wide, dtype=dtype), torch.zeros(out, rank, dtype=dtype))
+        for block in range(layers)
+        for linear, (out, wide) in widths.items()
+    }
+
+
+def _write_peft_config(
+    path: Path, written: Mapping[str, tuple[Tensor, Tensor]], rank: int, alpha: float
+) -> None:
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "inference_mode": True,
+        "target_modules": sorted(diffusers_name(module) for module in written),
+    }
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
