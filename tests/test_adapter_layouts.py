@@ -319,3 +319,11 @@ def test_a_header_that_is_too_deep_is_refused(tmp_path: Path) -> None:
     path.write_bytes(len(deep).to_bytes(8, "little") + deep)
     with pytest.raises(ModelError, match="not a whole safetensors file"):
         read_any(path)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.self_attn.q.weight", "blocks.0.attn1.to_q.weight"])
+def test_a_model_given_as_an_adapter_is_told_apart(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "wan2.2_t2v_high_noise_14B.safetensors"
+    save_file({name: torch.ones(4, 4)}, path)
+    with pytest.raises(ModelError, match=r"so this is a model, not a LoRA; give the LoRA's file"):
+        read_any(path)

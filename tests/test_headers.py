@@ -1,5 +1,6 @@
 """Headers of weight files: what they declare, and what is no weight file at all."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,22 @@ import torch
 from safetensors.torch import save_file
 
 from wan.headers import ModelError, read_header
+
+
+def header_of(places: dict[str, tuple[int, int]]) -> bytes:
+    """The start of a safetensors file with fp32 tensors at these places."""
+    entries = {
+        name: {"dtype": "F32", "shape": [(end - start) // 4], "data_offsets": [start, end]}
+        for name, (start, end) in places.items()
+    }
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def nested_header(depth: int) -> bytes:
+    text = b'{"a":' + b"[" * depth + b"]" * depth + b"}"
+    return len(text).to_bytes(8, "little") + text
+
 
 TENSORS = {"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)}
 
@@ -91,6 +108,10 @@ def test_a_file_that_is_cut_short_is_refused(
         (b"just some text, which is no header", "is not a safetensors file, whatever its name"),
         (b"\x05\0\0\0\0\0\0\0{]{]}", "has a damaged header"),
         (b'\x0d\0\0\0\0\0\0\0{"a": [1, 2]}', "has a damaged header"),
+        (header_of({"a": (0, 8), "b": (4, 12)}) + bytes(12), "tensors that overlap or leave gaps"),
+        (header_of({"a": (0, 8), "b": (16, 24)}) + bytes(24), "tensors that overlap or leave gaps"),
+        (header_of({"a": (8, 0), "b": (0, 16)}) + bytes(16), "tensors that overlap or leave gaps"),
+        (nested_header(100_000), "has a damaged header"),
         (b"\x02\0\0\0\0\0\0\0{}trailing", "has 18 bytes, its header tells of 10"),
         (b"GGUF\x09\0\0\0" + 16 * b"\0", "is GGUF version 9; versions 2 and 3 are read"),
         (b"GGUF\x03\0\0\0" + 8 * b"\xff" + 8 * b"\0", "has a damaged header: it is cut short"),

@@ -45,6 +45,7 @@ _PARTS: dict[str, Part] = {"A": "a", "down": "a", "B": "b", "up": "b"}
 _TENSOR = re.compile(r"(.+)\.(?:lora_(A|B|down|up)(?:\.default)?(?:\.weight)?|alpha)")
 
 # What a name that is no plain LoRA's tells: the first that is found in it.
+_OF_AN_ADAPTER = re.compile(r"lora|lokr|hada|dora|oft|diff|alpha")
 _WHY_NOT = (
     (
         r"^(diffusion_model\.)?transformer_[12]\.",
@@ -218,6 +219,11 @@ def _sorted_by_module(
 
 
 def _why_not(name: str) -> str:
+    if not _OF_AN_ADAPTER.search(name):
+        return (
+            "that is a model's own weight, so this is a model, not a LoRA; give the LoRA's file "
+            "here, and the model as model.path or --model"
+        )
     for pattern, reason in _WHY_NOT:
         if re.search(pattern, name):
             return f"{reason}; take a plain LoRA without it"

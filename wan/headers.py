@@ -127,8 +127,13 @@ def _read_safetensors(file: Path, stream: BinaryIO, size: int) -> Header:
             first, last = entry["data_offsets"]
             tensors[name] = TensorHeader(entry["dtype"], tuple(entry["shape"]), last - first)
             end = max(end, last)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        sizes = [0, *(tensor.size for tensor in tensors.values())]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{file} has a damaged header ({error}); {AGAIN}") from None
+    if end != sum(tensor.size for tensor in tensors.values()) or min(sizes) < 0:
+        raise ModelError(
+            f"{file} has a damaged header (tensors that overlap or leave gaps); {AGAIN}"
+        )
     if (needed := 8 + length + end) > size:
         raise _cut_short(file, size, needed)
     if needed < size:
