@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.buckets import Bucket
 from data.cache import Entries
-from data.sources import DataError
+from data.items import DataError
 
 T = TypeVar("T")
 GOLDEN = 0.6180339887498949  # its multiples fill [0, 1) evenly

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from data.items import DataError, Dropped, Item, MediaInfo
 from data.shapes import Bucket, choose_size, cropped_share, merge_buckets
-from data.sources import DataError, Dropped, Item, MediaInfo
 
 Policy = Literal["resample", "keep", "error"]
 Extraction = Literal["head", "middle", "uniform", "sliding", "full"]

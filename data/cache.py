@@ -19,8 +19,8 @@ from data.buckets import Clip
 from data.entries import Recipe, make_entry
 from data.files import FileFacts
 from data.filling import CacheReport, Encode, Entries, Store, Work, fill
+from data.items import DataError
 from data.media import read_clip, read_mask
-from data.sources import DataError
 
 READER = 2  # raise it when `read_clip` or `read_mask` give other pixels for the same clip
 

@@ -15,8 +15,8 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
+from data.items import DataError, MediaInfo, kind_of
 from data.media import probe
-from data.sources import DataError, MediaInfo, kind_of
 from data.workers import map_in_workers
 
 Progress = Callable[[Iterable[int], str], Iterable[int]]

@@ -29,7 +29,7 @@ from data.entries import (
     why_missing,
     write_entry,
 )
-from data.sources import DataError
+from data.items import DataError
 from data.workers import map_in_workers
 
 Encode = Callable[[int, Tensor], Tensor]  # the index of an entry, and what was decoded for it

@@ -5,16 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from data.sources import (
-    KIND_OF_SUFFIX,
-    DataError,
-    Dropped,
-    Item,
-    Reading,
-    Source,
-    kind_of,
-    printable,
-)
+from data.items import KIND_OF_SUFFIX, DataError, Dropped, Item, Reading, Source, kind_of, printable
 
 CAPTION_SUFFIX = ".txt"
 

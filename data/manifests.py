@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from data.sources import (
+from data.items import (
     DataError,
     Dropped,
     Item,

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from data.buckets import Clip
-from data.sources import DataError, Kind, MediaInfo, kind_of, printable
+from data.items import DataError, Kind, MediaInfo, kind_of, printable
 
 BACKGROUND = "white"  # behind what is transparent
 TIE_SECONDS = 1e-3  # mkv and webm round timestamps to milliseconds

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from data.sources import DataError, MediaInfo
+from data.items import DataError, MediaInfo
 
 
 @dataclass(frozen=True, order=True)

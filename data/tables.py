@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 import pyarrow
 
-from data.sources import DataError, Source, Split, printable
+from data.items import DataError, Source, Split, printable
 
 LISTS = (".jsonl", ".csv", ".parquet")
 SPLITS: dict[str, Split] = {

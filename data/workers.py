@@ -21,7 +21,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from data.sources import DataError
+from data.items import DataError
 
 T = TypeVar("T")
 

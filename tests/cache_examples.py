@@ -15,7 +15,7 @@ from torch import Tensor
 from data.buckets import Bucket, Clip
 from data.cache import CacheReport, Entries, Store, cache_latents
 from data.files import FileFacts, read_files
-from data.sources import Item
+from data.items import Item
 
 SECONDS = 60.0  # to wait for another process at most; a tenth of one is enough on a free machine
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, disable_progress_bars
 
-from data.sources import DataError, Reading, Source, read_source
+from data.items import DataError, Reading, Source
+from data.sources import read_source
 
 disable_progress_bars()
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
+from data.items import Item, MediaInfo, kind_of
 from data.media import probe
-from data.sources import Item, MediaInfo, kind_of
 
 STEP = 5  # brightness added by each frame, so that a frame's number can be read from it
 

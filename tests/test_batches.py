@@ -8,7 +8,7 @@ import pytest
 
 from data.batches import GOLDEN, BatchOrder
 from data.buckets import Bucket
-from data.sources import DataError
+from data.items import DataError
 
 BUCKETS = [Bucket(13, 64, 64)] * 7 + [Bucket(1, 64, 64)] * 3 + [Bucket(13, 48, 80)]
 IMAGE = Bucket(1, 64, 64)

@@ -15,7 +15,7 @@ from data.buckets import (
     describe_buckets,
     plan_clips,
 )
-from data.sources import Dropped, Item, MediaInfo
+from data.items import Dropped, Item, MediaInfo
 
 SETTINGS = ClipSettings((64, 64), 17, 8, "resample", 16, 4, "head")
 

@@ -23,7 +23,7 @@ from data.cache import (
     cache_masks,
     cache_text,
 )
-from data.sources import DataError
+from data.items import DataError
 
 
 @pytest.fixture

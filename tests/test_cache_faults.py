@@ -35,7 +35,7 @@ from torch import Tensor
 from data.buckets import Clip
 from data.cache import CacheReport, Entries, Store, cache_latents, cache_text
 from data.entries import write_entry
-from data.sources import DataError
+from data.items import DataError
 
 SHM = Path("/dev/shm")
 CLONE_NEWNS = 0x20000  # of linux/sched.h: a mount table of its own

@@ -29,7 +29,7 @@ from data.buckets import Clip
 from data.cache import Store, cache_latents
 from data.claims import try_claim, wait_for_release
 from data.files import FileFacts
-from data.sources import DataError
+from data.items import DataError
 
 COUNT = 12
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.buckets import Bucket, Clip
-from data.sources import DataError
+from data.items import DataError
 from tests.toy_runs import config_of, make_image, make_video, planned
 from train.dataset import Clips, check_sides
 from train.rules import ConfigError

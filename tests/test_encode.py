@@ -9,8 +9,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from data.items import DataError
 from data.media import read_clip
-from data.sources import DataError
 from tests import toy_runs
 from tests.toy_runs import CPU, Progress, encoded, make_image, make_video, planned
 from train.config import Config

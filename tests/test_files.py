@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from data.files import FileFacts, read_files, write_file
-from data.sources import DataError, MediaInfo
+from data.items import DataError, MediaInfo
 from tests.media_files import make_video
 
 OLD = 1_600_000_000  # a time long enough ago to be trusted

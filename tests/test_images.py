@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from data.buckets import Bucket, Clip
+from data.items import DataError, MediaInfo
 from data.media import read_clip
-from data.sources import DataError, MediaInfo
 from tests.media_files import ffmpeg, make_item, probe_item
 
 

@@ -9,7 +9,8 @@ import pytest
 from datasets import Dataset, Features, Image, Value, Video
 from manifest_files import error_of, read, touch, write_rows
 
-from data.sources import DataError, Source, read_source
+from data.items import DataError, Source
+from data.sources import read_source
 
 PNG = b"\x89PNG\r\n\x1a\n-"
 MP4 = b"\0\0\0\x20ftypisom-"

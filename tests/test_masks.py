@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from data.buckets import Bucket, Clip, ClipSettings, plan_clips
+from data.items import DataError, Item, MediaInfo
 from data.media import read_clip, read_mask
-from data.sources import DataError, Item, MediaInfo
 from tests.media_files import encode, make_item, make_video, probe_item
 
 

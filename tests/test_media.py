@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from data.buckets import Bucket, Clip, ClipSettings, Policy, plan_clips
+from data.items import DataError, Item, MediaInfo
 from data.media import frame_indices, read_clip
-from data.sources import DataError, Item, MediaInfo
 from tests.media_files import STEP, encode, ffmpeg, make_item, make_video, probe_item
 
 

@@ -11,7 +11,7 @@ import torch
 from adapter_examples import INFO, random_state
 from PIL import Image
 
-from data.sources import DataError
+from data.items import DataError
 from tools.recipe import (
     FORMAT,
     PROGRAM,

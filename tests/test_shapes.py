@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
+from data.items import DataError, MediaInfo
 from data.shapes import Bucket, choose_size, cropped_share, merge_buckets
-from data.sources import DataError, MediaInfo
 
 AREA = 480 * 832
 

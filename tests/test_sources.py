@@ -7,17 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data.sources import (
-    DataError,
-    Item,
-    Reading,
-    Source,
-    kind_of,
-    printable,
-    read_name_list,
-    read_source,
-    split_heldout,
-)
+from data.items import DataError, Item, Reading, Source, kind_of, printable
+from data.sources import read_name_list, read_source, split_heldout
 
 
 def write_files(root: Path, files: Mapping[str, str | bytes]) -> Path:

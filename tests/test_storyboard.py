@@ -11,7 +11,7 @@ from adapter_examples import INFO, random_state
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data.sources import DataError
+from data.items import DataError
 from tools.storyboard import (
     Lora,
     Shot,

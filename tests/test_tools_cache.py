@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from data.sources import DataError
+from data.items import DataError
 from tests.toy_runs import config_of, encoded, make_image, make_video
 from tools.cache import main
 

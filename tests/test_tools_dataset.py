@@ -17,8 +17,8 @@ from PIL import Image
 
 from data.buckets import Clip, ClipSettings, plan_clips
 from data.files import FileFacts
+from data.items import Dropped, Item, MediaInfo
 from data.media import probe, read_clip
-from data.sources import Dropped, Item, MediaInfo
 from tools.dataset import main
 from tools.dataset_cards import Entry, duplicate_groups, entries_of, final_prompts, make_page
 from tools.dataset_page import Page, PageItem

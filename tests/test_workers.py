@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.sources import DataError
+from data.items import DataError
 from data.workers import map_in_workers
 
 

@@ -15,7 +15,7 @@ from data.buckets import Bucket, Clip
 from data.cache import cache_latents, cache_text
 from data.files import read_files
 from data.filling import Entries, Store
-from data.sources import Item
+from data.items import Item
 from tests.media_files import encode
 from train.compose import compose
 from train.config import Config

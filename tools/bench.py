@@ -32,8 +32,8 @@ from data.buckets import Clip, ClipSettings, plan_clips
 from data.cache import cache_latents
 from data.files import FileFacts, read_files
 from data.filling import Store
+from data.items import KIND_OF_SUFFIX, Item
 from data.media import read_clip
-from data.sources import KIND_OF_SUFFIX, Item
 from data.workers import map_in_workers
 from train.config import ModelConfig
 from train.encode import as_video, model_paths

@@ -23,7 +23,8 @@ from datasets import Dataset
 from PIL import Image
 
 from data.files import read_files
-from data.sources import Source, read_source
+from data.items import Source
+from data.sources import read_source
 
 KINDS = ("jsonl", "csv", "parquet")
 

@@ -12,8 +12,8 @@ import numpy as np
 from data.batches import BatchOrder
 from data.buckets import FPS_TOLERANCE, MUCH_CROPPED, Clip
 from data.files import FileFacts
+from data.items import Item, MediaInfo
 from data.shapes import Bucket, cropped_share
-from data.sources import Item, MediaInfo
 from tools.dataset_page import (
     STATE_WORDS,
     BucketRow,

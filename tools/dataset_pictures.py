@@ -16,8 +16,8 @@ from torch import Tensor
 
 from data.buckets import Clip
 from data.files import Progress
+from data.items import DataError
 from data.media import read_clip
-from data.sources import DataError
 from data.workers import map_in_workers
 from tools.near_duplicates import LOOK_SIZE, look_of
 from train.encode import as_video

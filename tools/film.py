@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.buckets import Bucket, Clip
+from data.items import Item
 from data.media import probe, read_clip
-from data.sources import Item
 from tools.storyboard import Lora, Shot
 from train.rules import ConfigError
 from wan.checkpoints import Model, load_text_encoder, load_tokenizer, load_transformer, load_vae

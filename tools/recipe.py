@@ -17,7 +17,7 @@ from pathlib import Path
 
 import imageio_ffmpeg
 
-from data.sources import DataError
+from data.items import DataError
 from tools.storyboard import Lora, Shot
 from wan.checkpoints import Model, ModelPaths, component_hash
 from wan.safetensors_writer import file_hashes

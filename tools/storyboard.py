@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from data.items import kind_of
 from data.media import probe
-from data.sources import kind_of
 from train.rules import COUNT, FRAMES, ConfigError, Rule, written
 from wan.conditioning import i2v_size, ti2v_size
 from wan.headers import read_header

@@ -6,16 +6,8 @@ from pathlib import Path
 
 from data.buckets import Clip, ClipSettings, plan_clips
 from data.files import FileFacts, read_files
-from data.sources import (
-    DataError,
-    Dropped,
-    Item,
-    Source,
-    raise_problems,
-    read_name_list,
-    read_source,
-    split_heldout,
-)
+from data.items import DataError, Dropped, Item, Source, raise_problems
+from data.sources import read_name_list, read_source, split_heldout
 from train.config import DataConfig
 from wan.variants import Variant
 

@@ -14,7 +14,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from data.sources import DataError
+from data.items import DataError
 from train.compose import unknown_key
 from train.config import schema
 from train.learner import TrainingStopped

@@ -10,8 +10,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
 from data.buckets import Bucket, Clip
+from data.items import DataError, Item, kind_of
 from data.media import probe, read_clip
-from data.sources import DataError, Item, kind_of
 from train.config import PreviewConfig
 from train.encode import as_video
 from train.rules import ConfigError
