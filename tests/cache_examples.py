@@ -1,6 +1,7 @@
 """Small clips, and an encoder that leaves a trace of all it does, for the tests of the cache."""
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -100,7 +101,13 @@ def assert_right(clips: Sequence[Clip], entries: Entries) -> None:
 
 def in_child(work: Callable[[], None]) -> ForkProcess:
     """A process that does this and then ends; it is not a daemon, so it may have workers."""
-    process = multiprocessing.get_context("fork").Process(target=work)
+
+    def run() -> None:
+        # A shell that starts the tests in the background lets them ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        work()
+
+    process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     return process
 
