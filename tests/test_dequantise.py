@@ -1,7 +1,10 @@
 """What is stored in fewer bits stands for what its format says, and can be trained upon."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -12,6 +15,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 from diffusers.quantizers.quantization_config import GGUFQuantizationConfig
 from torch import Tensor
+from transformers import UMT5Config, UMT5EncoderModel
 
 from wan import dequantise
 from wan.dequantise import dequantise_fp8
@@ -170,3 +174,39 @@ def test_fp8_is_its_weight_times_its_scale(shape: tuple[int, ...]) -> None:
 def test_a_scale_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="does not fit a weight"):
         dequantise_fp8(torch.ones(6, 32).to(torch.float8_e4m3fn), torch.rand(shape))
+
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+import torch
+from wan.recognise import Weights
+from wan.weights import build_text_encoder
+
+def memory(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+
+config = json.loads((Path(sys.argv[2]) / "config.json").read_text())
+weights = Weights("text_encoder", (Path(sys.argv[1]),), "llama", "", "", config)
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+model = build_text_encoder(weights, torch.bfloat16, "cpu")
+print(memory("VmHWM") - memory("VmRSS"))
+"""
+
+
+def test_a_text_encoder_is_made_whole_with_no_copy_of_it(tmp_path: Path) -> None:
+    """Beside the finished model there is the stored embedding, and a few of its rows in fp32."""
+    config = UMT5Config(vocab_size=131072, d_model=256, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
+    UMT5EncoderModel(config).save_pretrained(tmp_path / "text_encoder")
+    file = tmp_path / "umt5.gguf"
+    layouts.write_gguf_text_encoder(tmp_path, file, "Q8_0")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(file), str(tmp_path / "text_encoder")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert file.stat().st_size > 3e7
+    assert int(done.stdout) < 1.2 * file.stat().st_size + 2**23

@@ -128,9 +128,10 @@ def _fill(
                 quantised = cast("GGUFParameter", tensor.to(device))
                 model.set_submodule(path, gguf_linear(module, quantised, dtype))
                 continue
-            tensor = dequantise_gguf(tensor, wanted).to(device)
-        # A copy: a file that is replaced under a run must not change its model.
-        whole = tensor.to(wanted, copy=True)
+            whole = dequantise_gguf(tensor, wanted).to(device)
+        else:
+            # A copy: a file that is replaced under a run must not change its model.
+            whole = tensor.to(wanted, copy=True)
         setattr(module, leaf, nn.Parameter(whole, requires_grad=False))
 
 
