@@ -161,9 +161,10 @@ def test_closing_early_ends_the_workers() -> None:
 
 
 PARENT = """
-import os, time
+import os, signal, time
 from pathlib import Path
 from data.workers import map_in_workers
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell lets us ignore it
 def work(index):
     Path({folder!r}, str(os.getpid())).touch()
     time.sleep(0.01)
