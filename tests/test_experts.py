@@ -148,6 +148,6 @@ def test_weights_and_training_survive_being_swapped(toy_model: Path) -> None:
 @needs_gpu
 def test_both_experts_may_stay_on_the_device(toy_model: Path) -> None:
     pair = load_pair(toy_model)
-    experts = Experts(dict(pair), GPU, resident=True)
+    experts = Experts(dict(pair), GPU, placement="resident")
     assert all(experts[expert].device == GPU for expert in EXPERTS)
     assert all(transformer.device == GPU for transformer in pair.values())

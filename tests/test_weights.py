@@ -14,12 +14,13 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from quantised import FP8_FLAVOURS
 from safetensors.torch import load_file, save_file
+from stored_weights import FILE, transformer_weights, weights_of
 from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
 from wan.headers import ModelError
 from wan.latents import decode_latents, encode_video
-from wan.recognise import Naming, Part, Weights
+from wan.recognise import Weights
 from wan.text import encode_ids
 from wan.variants import VARIANTS
 from wan.weights import (
@@ -32,7 +33,6 @@ from wan.weights import (
 )
 
 FIXTURES = Path(__file__).parent / "fixtures"
-FILE = "diffusion_pytorch_model.safetensors"
 SLACK = 8 * 2**20  # bytes of memory that are no tensor's
 KEPT_IN_FP32 = ("time_embedder", "scale_shift_table", "norm2")
 T2V, TI2V = VARIANTS["t2v_a14b"], VARIANTS["ti2v_5b"]
@@ -47,14 +47,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-def weights_of(
-    part: Part, files: Path | list[Path], naming: Naming, config: Path, prefix: str = ""
-) -> Weights:
-    """What recognition would say of files whose library's config lies at `config`."""
-    paths = sorted(files) if isinstance(files, list) else [files]
-    return Weights(part, tuple(paths), naming, prefix, "", json.loads(config.read_text()))
-
-
 def equal(model: nn.Module, expected: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """The model holds exactly these values, cast once to `dtype` or kept in fp32."""
     state = model.state_dict()
@@ -66,22 +58,6 @@ def equal(model: nn.Module, expected: Mapping[str, Tensor], dtype: torch.dtype) 
         assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
     assert not any(p.requires_grad for p in model.parameters())
     assert not model.training
-
-
-def transformer_weights(source: Path, tmp_path: Path, layout: str) -> tuple[Weights, Mapping]:
-    """The high-noise transformer of a diffusers folder in another layout, and its values."""
-    folder, file = source / "transformer", tmp_path / "file.safetensors"
-    config, values = folder / "config.json", load_file(folder / FILE)
-    if layout == "diffusers":
-        return weights_of("high", folder / FILE, "diffusers", config), values
-    if layout == "official":
-        layouts.write_shards(layouts.official_transformer(values), tmp_path, FILE)
-        shards = list(tmp_path.glob("*.safetensors"))
-        assert len(shards) == 2
-        return weights_of("high", shards, "official", config), values
-    storage, _, prefix = layout.partition("+")
-    values = layouts.write_comfy_transformer(folder, file, storage, prefix)
-    return weights_of("high", file, "official", config, prefix), values
 
 
 LAYOUTS = ("diffusers", "official", "fp32", "bf16", "fp16", *FP8_FLAVOURS)

@@ -48,20 +48,39 @@ def velocity_error(
     """Mean squared error (B,) in fp32 of the predicted velocity, for each sample.
 
     Places count as their mask says, and a first frame that TI2V-5B is given does not count at all.
-    The model runs in its own dtype, as in sampling; path, target and error stay in fp32 (wan22.md
-    sections 3.1 and 4).
     """
     device = transformer.device
-    x0 = batch.latents.to(device, torch.float32)
-    noise, sigma = draw.noise.to(device), draw.sigma.to(device)
+    x0, noise = batch.latents.to(device, torch.float32), draw.noise.to(device)
+    predicted, weight = predicted_velocity(transformer, batch, x0, noise, draw.sigma, facts)
+    error = (predicted - flow.velocity(x0, noise)).square().mean(dim=1)  # (B, F, h, w)
+    # A mask may leave nothing but the frame that is given: no error then, not 0 / 0.
+    return (weight * error).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3)).clamp_min(1e-6)
+
+
+def predicted_velocity(
+    transformer: WanTransformer3DModel,
+    batch: Batch,
+    x0: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    facts: Variant,
+) -> tuple[Tensor, Tensor]:
+    """The velocity (B, C, F, h, w) at a batch with noise, and the weight (B, F, h, w) of places.
+
+    `x0` are the latents of the batch and `noise` is of their shape, both on the device; `sigma` is
+    (B,). The model runs in its own dtype, as in sampling; path, target and error stay in fp32
+    (wan22.md sections 3.1 and 4).
+    """
+    device = transformer.device
+    sigma = sigma.to(device)
     x_sigma = flow.add_noise(x0, noise, sigma)  # (B, C, F, h, w)
     weight = x0.new_ones(x0.shape[0], *x0.shape[2:])  # (B, F, h, w)
     if batch.mask is not None:
-        weight = batch.mask.to(device)
+        weight = _on(batch.mask, device)
 
     given = None
     if facts.conditioning == "first_frame" and batch.first_given.any():
-        given = batch.first_given.to(device) & (x0.shape[2] > 1)  # (B,): an image has no more
+        given = _on(batch.first_given & (x0.shape[2] > 1), device)  # (B,): an image has no more
         hold = given.view(-1, 1, 1, 1, 1)
         x_sigma = torch.cat([torch.where(hold, x0, x_sigma)[:, :, :1], x_sigma[:, :, 1:]], dim=2)
         weight = weight.clone()
@@ -71,10 +90,15 @@ def velocity_error(
             channels_condition(condition[None], last)[0]
             for condition, last in zip(batch.condition, batch.last_given.tolist(), strict=True)
         ]
-        x_sigma = torch.cat([x_sigma, torch.stack(seen).to(x_sigma)], dim=1)  # (B, 36, F, h, w)
+        seen = _on(torch.stack(seen).float(), device)
+        x_sigma = torch.cat([x_sigma, seen], dim=1)  # (B, 36, F, h, w)
 
-    text = pad_text(batch.text, facts.text_len).to(device)  # (B, text_len, D)
-    predicted = predict_velocity(transformer, x_sigma, flow.timestep_of(sigma), text, given)
-    error = (predicted - flow.velocity(x0, noise)).square().mean(dim=1)  # (B, F, h, w)
-    # A mask may leave nothing but the frame that is given: no error then, not 0 / 0.
-    return (weight * error).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3)).clamp_min(1e-6)
+    text = _on(pad_text(batch.text, facts.text_len), device)  # (B, text_len, D)
+    return predict_velocity(transformer, x_sigma, flow.timestep_of(sigma), text, given), weight
+
+
+def _on(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same on the device; the host does not wait for the copy, nor for what runs before it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -28,6 +28,7 @@ from wan.model_files import (
     tokenizer_in,
 )
 from wan.model_parts import part_of_diffusers, part_of_file, part_of_scan
+from wan.quantised_weight import FrozenFormat
 from wan.recognise import Part, Weights
 from wan.variants import TINY_PATH, Expert, Variant, variant
 from wan.weights import build_text_encoder, build_transformer, build_vae
@@ -87,10 +88,19 @@ def find_model(paths: ModelPaths, variant_name: str) -> Model:
 
 
 def load_transformer(
-    model: Model, expert: Expert, dtype: torch.dtype, device: torch.device | str
+    model: Model,
+    expert: Expert,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    frozen: FrozenFormat | None = None,
+    pack_on: torch.device | str | None = None,
 ) -> WanTransformer3DModel:
-    """The frozen transformer of an expert, in `dtype` but for what diffusers keeps in fp32."""
-    return build_transformer(model.parts[expert], dtype, device)
+    """The frozen transformer of an expert, in `dtype` but for what diffusers keeps in fp32.
+
+    The linears of its blocks are packed as `frozen` says (None = as loaded), on a device of their
+    own if one is given, as that of the training is faster at it than the CPU.
+    """
+    return build_transformer(model.parts[expert], dtype, device, frozen, pack_on)
 
 
 def load_vae(model: Model, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKLWan:

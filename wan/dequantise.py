@@ -1,8 +1,7 @@
 """Weights stored in fewer bits: fp8 with scales, and GGUF.
 
-GGUF weights of a transformer stay as they are stored, in diffusers' GGUFLinear, which makes them
-whole for each call; everything else is made whole while it is read. Source: `spec/wan22.md`
-sections 7.6 to 7.8.
+The linears of a transformer's blocks may stay as a GGUF stores them (`wan/quantise.py`); everything
+else is made whole while it is read. Source: `spec/wan22.md` sections 7.6 to 7.8.
 """
 
 from collections.abc import Callable
@@ -12,8 +11,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
-from torch import Tensor, nn
+from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_functions
+from torch import Tensor
 
 from wan.headers import TensorHeader, read_header
 
@@ -27,9 +26,10 @@ def dequantise_fp8(weight: Tensor, scale: Tensor) -> Tensor:
     The scale has one value, one for each row, or (out, blocks, 1) for equal blocks of each row.
     `ValueError` if it has another shape.
     """
-    rows = 1 if scale.numel() == 1 else weight.shape[0]
+    has_rows = weight.ndim > 0 and weight.numel() > 0
+    rows = weight.shape[0] if has_rows and scale.numel() > 1 else 1
     blocks = scale.numel() // rows
-    if not blocks or scale.numel() % rows or weight[0].numel() % blocks:
+    if not has_rows or not blocks or scale.numel() % rows or weight[0].numel() % blocks:
         raise ValueError(
             f"a scale {tuple(scale.shape)} does not fit a weight {tuple(weight.shape)}"
         )
@@ -53,23 +53,24 @@ def quantisation(parameter: GGUFParameter) -> tuple[gguf.GGMLQuantizationType, t
 
 
 def dequantise_gguf(parameter: GGUFParameter, dtype: torch.dtype) -> Tensor:
-    """A quantised tensor on the CPU as a plain one in `dtype`."""
+    """A quantised tensor as a plain one in `dtype`, on its device."""
     kind, shape = quantisation(parameter)
-    data, whole = parameter.as_tensor().numpy(), torch.empty(shape, dtype=dtype)
-    for start in range(0, len(data), ROWS):
-        rows = gguf.quants.dequantize(data[start : start + ROWS], kind)
-        whole[start : start + ROWS] = torch.from_numpy(rows)
+    return gguf_rows(parameter.as_tensor(), kind.name, dtype).reshape(shape)
+
+
+def gguf_rows(stored: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+    """Rows of bytes that GGUF quantised in a way ("Q4_K") as (rows, values), rounded once."""
+    quantised = gguf.GGMLQuantizationType[kind]
+    values, size = gguf.GGML_QUANT_SIZES[quantised]  # of a block
+    width = stored.shape[-1] // size * values
+    rows = stored.reshape(-1, stored.shape[-1])
+    whole = torch.empty(len(rows), width, dtype=dtype, device=stored.device)
+    for start in range(0, len(rows), ROWS):
+        blocks = rows[start : start + ROWS].reshape(-1, size)
+        # Computed in fp32: without a dtype diffusers multiplies in fp16.
+        part = dequantize_functions[quantised](blocks, values, size, torch.float32)
+        whole[start : start + ROWS] = part.reshape(-1, width)
     return whole
-
-
-def gguf_linear(linear: nn.Linear, weight: GGUFParameter, dtype: torch.dtype) -> GGUFLinear:
-    """`linear`, with its bias, on a quantised weight: it computes in `dtype`, its input's dtype."""
-    with torch.device("meta"):
-        quantised = GGUFLinear(
-            linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype
-        )
-    quantised.weight, quantised.bias = weight, linear.bias
-    return quantised
 
 
 def _read_gguf(file: Path, tensor: TensorHeader) -> Tensor:

@@ -1,25 +1,33 @@
-"""The experts of a Wan 2.2 model: all are loaded, one is on the device."""
+"""The experts of a Wan 2.2 model: all are loaded, the one at work is on the device."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
+from typing import Literal
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
 from wan.checkpoints import Model, load_transformer
-from wan.lora import without_adapter
+from wan.pinned import SideStream, lock_in_memory
+from wan.quantised_weight import FrozenFormat
+from wan.speed import blocks_of
+from wan.streaming import BlockStream, stream_blocks
+from wan.strengths import without_adapter
 from wan.variants import Expert
 
-SMALLEST_LOCKED = 2**20  # bytes; of smaller tensors there are many, and little to gain
+Placement = Literal["resident", "swap", "stream"]
+ROOM = 2 * 2**30  # bytes to leave free when an expert is copied in beside the other
 
 
 class Experts(Mapping[Expert, WanTransformer3DModel]):
-    """The transformers of a model, by expert; the one asked for is on the device.
+    """The transformers of a model, by expert; the one asked for is ready to work on the device.
 
-    Asking for one of two swaps it with the other, unless both are `resident` on the device. Frozen
+    "resident": all are on the device. "swap": asking for one of two swaps it with the other; frozen
     weights keep their place in host memory while they are on the device, so that a swap copies one
-    expert in and none out; what is trained stays on the device. Both are always loaded, as a
+    expert in and none out. "stream": the blocks of all stay in host memory, and each is on the
+    device while it is at work. What is trained stays on the device. All are always loaded, as a
     preview needs the other expert even when only one is trained.
     """
 
@@ -27,21 +35,40 @@ class Experts(Mapping[Expert, WanTransformer3DModel]):
         self,
         transformers: dict[Expert, WanTransformer3DModel],
         device: torch.device,
-        resident: bool = False,
+        placement: Placement = "swap",
     ) -> None:
         self._transformers = transformers
-        self._swaps = len(transformers) > 1 and not resident
+        self._placement = placement
+        self._swaps = placement == "swap" and len(transformers) > 1
         self._device = torch.empty(0, device=device).device  # cuda:0, not cuda
         self._at_home: dict[Tensor, Tensor] = {}  # a frozen weight -> its values in host memory
+        self._side = SideStream(self._device)
+        self._coming: dict[Tensor, Tensor] = {}  # a frozen weight -> its copy on the device
+        self._arrival: torch.cuda.Event | None = None
+        self._streams: dict[Expert, BlockStream] = {}
 
     def __getitem__(self, expert: Expert) -> WanTransformer3DModel:
         wanted = self._transformers[expert]
-        if wanted.device != self._device:
+        if self._placement == "stream":
+            self._stream(expert, wanted)
+        elif wanted.device != self._device:
             for other in self._transformers.values():
                 if other is not wanted and self._swaps:
                     self._send_home(other)
             self._bring(wanted)
         return wanted
+
+    def expect(self, expert: Expert) -> None:
+        """This one is asked for next: copy it in beside the other's work, if there is room."""
+        wanted = self._transformers[expert]
+        if not self._swaps or self._device.type != "cuda" or wanted.device == self._device:
+            return
+        homes = {t: self._home(t) for t in _tensors(wanted) if not t.requires_grad}
+        free, _ = torch.cuda.mem_get_info(self._device)
+        if self._coming or sum(home.nbytes for home in homes.values()) + ROOM > free:
+            return
+        self._coming = {t: torch.empty_like(h, device=self._device) for t, h in homes.items()}
+        self._arrival = self._side.copy((self._coming[t], home) for t, home in homes.items())
 
     def __iter__(self) -> Iterator[Expert]:
         return iter(self._transformers)
@@ -50,14 +77,36 @@ class Experts(Mapping[Expert, WanTransformer3DModel]):
         return len(self._transformers)
 
     def _bring(self, transformer: WanTransformer3DModel) -> None:
-        """Copy to the device what is not there."""
+        """Copy to the device what is neither there nor on its way."""
+        self._side.wait(self._arrival)
+        coming, self._coming, self._arrival = self._coming, {}, None
         for tensor in _tensors(transformer):
             if tensor.device == self._device:
                 continue
-            if self._swaps and not tensor.requires_grad and tensor not in self._at_home:
-                self._at_home[tensor] = tensor.data
-                _lock_in_memory(tensor.data, self._device)
-            tensor.data = tensor.data.to(self._device, non_blocking=True)
+            here = coming.get(tensor)
+            if here is None:
+                stays = self._swaps and not tensor.requires_grad
+                home = self._home(tensor) if stays else tensor.data
+                here = home.to(self._device, non_blocking=True)
+            tensor.data = here
+
+    def _home(self, tensor: Tensor) -> Tensor:
+        """The values of a frozen weight in host memory, which they never leave."""
+        if tensor not in self._at_home:
+            self._at_home[tensor] = tensor.data
+            lock_in_memory(self._at_home[tensor], self._device)
+        return self._at_home[tensor]
+
+    def _stream(self, expert: Expert, transformer: WanTransformer3DModel) -> None:
+        """Blocks stream from now on; what is outside of them, and adapters, is on the device."""
+        if expert in self._streams:
+            self._streams[expert].settle()
+        else:
+            blocks = blocks_of(transformer)
+            self._streams[expert] = stream_blocks(blocks, self._device)
+        for name, tensor in chain(transformer.named_parameters(), transformer.named_buffers()):
+            if not name.startswith("blocks.") and tensor.device != self._device:
+                tensor.data = tensor.data.to(self._device)
 
     def _send_home(self, transformer: WanTransformer3DModel) -> None:
         """Free the device of frozen weights: nothing is copied, they have not changed."""
@@ -71,27 +120,23 @@ def _tensors(transformer: WanTransformer3DModel) -> Iterator[Tensor]:
     yield from transformer.buffers()
 
 
-def _lock_in_memory(tensor: Tensor, device: torch.device) -> None:
-    """Let the device read host memory by itself: copies are several times as fast.
-
-    Where the system does not allow it, they are only slower. Done in place: PyTorch's own pinned
-    memory is a copy, rounded up to a power of two.
-    """
-    if device.type == "cuda" and tensor.nbytes >= SMALLEST_LOCKED:
-        runtime = torch.cuda.cudart()
-        assert runtime is not None, "there is a CUDA device"
-        runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
-
-
 def load_experts(
-    model: Model, dtype: torch.dtype, device: torch.device, resident: bool = False
+    model: Model,
+    dtype: torch.dtype,
+    device: torch.device,
+    placement: Placement = "swap",
+    frozen: FrozenFormat | None = None,
 ) -> Experts:
-    """All experts of the model, frozen: on the device if `resident`, else in host memory."""
+    """All experts of the model, frozen: on the device if resident, else in host memory.
+
+    The linears of their blocks are packed as `frozen` says; None = as loaded.
+    """
+    home = device if placement == "resident" else "cpu"
     loaded: dict[Expert, WanTransformer3DModel] = {
-        expert: load_transformer(model, expert, dtype, device if resident else "cpu")
+        expert: load_transformer(model, expert, dtype, home, frozen, device)
         for expert in model.variant.experts
     }
-    return Experts(loaded, device, resident)
+    return Experts(loaded, device, placement)
 
 
 @contextmanager

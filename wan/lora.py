@@ -1,16 +1,13 @@
-"""LoRA adapters on diffusers' `WanTransformer3DModel`, through PEFT: targets, state, strengths.
+"""LoRA adapters on diffusers' `WanTransformer3DModel`, through PEFT: targets, ranks, state.
 
 The adapter in training is called "default"; finished ones are loaded beside it under names of their
 own. All are on some of the ten linears of each block; the model class stays the library's.
-W_eff = W + the sum of strength * alpha / rank * B @ A, with A (rank, in) and B (out, rank), in fp32
-even on a bf16 base. Module names: `spec/lora_formats.md` section 1.2, `spec/wan22.md` section 7.3.
+What each kind computes is in `wan.adapter_kinds`, which of them work at what strength in
+`wan.strengths`. Module names: `spec/lora_formats.md` section 1.2, `spec/wan22.md` section 7.3.
 """
 
-import math
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
@@ -18,9 +15,23 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
+from wan.adapter_kinds import (
+    Dora,
+    Factor,
+    Hadamard,
+    Kind,
+    Kronecker,
+    Magnitude,
+    base_linear,
+    dora_ratio,
+    plain_factors,
+    scale_of,
+    weight_change,
+)
 from wan.flow import mix_seed
 
 ADAPTER = "default"
+PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")  # where PEFT's linear holds an adapter
 
 # The ten linears of a block, diffusers name -> official name: the one key map of adapters.
 BLOCK_LINEARS: dict[str, str] = {
@@ -57,59 +68,102 @@ def split_module(module: str) -> tuple[str, str] | None:
     return (found[1], found[2]) if found and found[2] in BLOCK_LINEARS else None
 
 
+def module_ranks(
+    linears: Sequence[str], targets: Sequence[str] | str, rank: int, pattern: Mapping[str, int]
+) -> dict[str, int]:
+    """The linears that get an adapter, of those there are, and the rank of each.
+
+    `targets` are names of linears within a block, or one regex over full names. `pattern` gives
+    linears another rank by regexes over full names, the first that matches. `ValueError` for a
+    regex that is none, or matches nothing that gets an adapter.
+    """
+    modules = _matching_modules(linears, targets)
+    ranks = dict.fromkeys(modules, rank)
+    for regex in reversed([*pattern]):
+        found = _full_matches(regex, modules)
+        if not found:
+            raise ValueError(f"the pattern {regex!r} matches no linear that gets an adapter")
+        ranks |= dict.fromkeys(found, pattern[regex])
+    return ranks
+
+
 def attach(
     transformer: WanTransformer3DModel,
     rank: int,
     alpha: float,
-    targets: Sequence[str] | str,
+    targets: Sequence[str] | str | Mapping[str, int],
     dropout: float,
     seed: int,
+    kind: Kind = "lora",
 ) -> None:
-    """Freeze the base and add the trainable adapter "default", which changes nothing yet (B = 0).
+    """Freeze the base and add the trainable adapter "default", which changes nothing yet.
 
-    `targets` are names of linears within a block, or one regex over full module names. A is drawn
-    from (seed, module name) alone: neither the order of modules nor the global generator plays a
-    part, and the latter is left as it was. `ValueError` for an adapter that cannot be.
+    `targets` are as in `module_ranks`, or what that returned: ranks differ then, the scale does
+    not. What is random is drawn from (seed, module name) alone: neither the order of modules nor
+    the global generator plays a part, and the latter is left as it was. `ValueError` for an adapter
+    that cannot be.
     """
-    if rank < 1 or alpha <= 0:
+    if lora_layers(transformer):
+        raise ValueError("the transformer has an adapter already; attach to a freshly loaded one")
+    if not isinstance(targets, Mapping):
+        named = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear | nn.Conv3d)]
+        targets = module_ranks(named, targets, rank, {})
+    if min(rank, *targets.values()) < 1 or alpha <= 0:
         raise ValueError(f"an adapter needs rank >= 1 and alpha > 0; found {rank} and {alpha}")
     if not 0 <= dropout < 1:
         raise ValueError(f"the dropout of an adapter must be in [0, 1); found {dropout}")
-    if _lora_layers(transformer):
-        raise ValueError("the transformer has an adapter already; attach to a freshly loaded one")
+    scale = scale_of(kind, rank, alpha)
+    others = {module: r for module, r in targets.items() if r != rank}
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  (declared int; a float is meant too)
+        lora_alpha=scale * rank,  # pyright: ignore[reportArgumentType]  (declared int; a float is meant too)
+        rank_pattern=others,
+        alpha_pattern={module: scale * r for module, r in others.items()},
         lora_dropout=dropout,
-        target_modules=_matching_modules(transformer, targets),
+        target_modules=[*targets],
     )
     transformer.requires_grad_(False)
     # PEFT's own init, replaced below, draws from the global generator.
     with torch.random.fork_rng(devices=[]):
         transformer.add_adapter(config, ADAPTER)
     for module, layer in adapter_layers(transformer).items():
-        # PEFT casts to the base's dtype; master weights must not be rounded to bf16 at every step.
-        layer.lora_A.float()
-        layer.lora_B.float()
+        _make_kind(layer, kind, torch.Generator().manual_seed(mix_seed(seed, module)))
         layer.train(transformer.training)  # fresh modules are in training mode, dropout and all
-        a, _ = _factors(layer)
-        generator = torch.Generator().manual_seed(mix_seed(seed, module))
-        drawn = torch.empty(a.shape)  # on the CPU: every device starts from the same values
-        nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator)
-        with torch.no_grad():
-            a.copy_(drawn)
 
 
-def _matching_modules(
-    transformer: WanTransformer3DModel, targets: Sequence[str] | str
-) -> list[str]:
+@torch.no_grad()
+def _make_kind(layer: LoraLinear, kind: Kind, generator: torch.Generator) -> None:
+    """Give a linear the start of a kind. Drawn on the CPU: every device has the same values."""
+    keep_masters(layer, ADAPTER)
+    a, _ = plain_factors(layer, ADAPTER)
+    if kind in ("lokr", "loha"):
+        product = Kronecker if kind == "lokr" else Hadamard
+        width = (base_linear(layer).out_features, base_linear(layer).in_features)
+        made = product(width, layer.r[ADAPTER], generator).to(a.device)
+        layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = made, nn.Identity()
+        return
+    drawn = torch.empty(a.shape)
+    a.copy_(nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator))
+    if kind == "dora":
+        layer.lora_magnitude_vector[ADAPTER] = Magnitude(base_linear(layer))
+        layer.lora_variant[ADAPTER] = Dora()
+
+
+def keep_masters(layer: LoraLinear, name: str) -> None:
+    """Undo PEFT's cast of an adapter to the base's dtype: a master must not be rounded to bf16 at
+    every step. Its answer, an input cast to fp32, would be slow; `Factor` casts the weight."""
+    layer.cast_input_dtype_enabled = False
+    for factors in (layer.lora_A, layer.lora_B):
+        factors[name] = Factor(nn.Parameter(factors.get_parameter(f"{name}.weight").float()))
+
+
+def _matching_modules(linears: Sequence[str], targets: Sequence[str] | str) -> list[str]:
     """Full names of the block linears that `targets` means; each entry must mean at least one."""
     in_block = r"blocks\.\d+\."
     patterns = [targets] if isinstance(targets, str) else [in_block + re.escape(t) for t in targets]
-    named = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear | nn.Conv3d)]
     matching: list[str] = []
     for pattern in patterns:
-        found = [name for name in named if re.fullmatch(pattern, name)]
+        found = _full_matches(pattern, linears)
         if not found:
             raise ValueError(
                 f"the adapter target {pattern!r} matches no linear of the model; "
@@ -125,48 +179,74 @@ def _matching_modules(
     return list(dict.fromkeys(matching))
 
 
-def _lora_layers(transformer: nn.Module) -> dict[str, LoraLinear]:
+def _full_matches(regex: str, names: Sequence[str]) -> list[str]:
+    try:
+        return [name for name in names if re.fullmatch(regex, name)]
+    except re.error as error:
+        raise ValueError(f"{regex!r} is no regular expression ({error})") from None
+
+
+def lora_layers(transformer: nn.Module) -> dict[str, LoraLinear]:
     """The linears that carry any adapter, by full diffusers module name, in model order."""
     return {n: m for n, m in transformer.named_modules() if isinstance(m, LoraLinear)}
 
 
 def adapter_layers(transformer: nn.Module, name: str = ADAPTER) -> dict[str, LoraLinear]:
     """The linears that carry the adapter called `name`."""
-    layers = _lora_layers(transformer).items()
+    layers = lora_layers(transformer).items()
     return {module: layer for module, layer in layers if name in layer.lora_A}
 
 
-def _factors(layer: LoraLinear, name: str = ADAPTER) -> tuple[nn.Parameter, nn.Parameter]:
-    """A (rank, in) and B (out, rank) of a linear."""
-    weight = f"{name}.weight"
-    return layer.lora_A.get_parameter(weight), layer.lora_B.get_parameter(weight)
+def named_adapter_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, in model order, by its name in the state of an adapter.
 
-
-def _named_factors(transformer: nn.Module) -> dict[str, nn.Parameter]:
-    """Every A and B under its name in the state of an adapter."""
+    "<diffusers module>.lora_A.weight" and ".lora_B.weight", beside them for DoRA
+    ".lora_magnitude_vector.weight"; for LoHa and LoKr ".lora_A.hada_w1_a", ".lora_A.lokr_w1" etc.
+    """
     named: dict[str, nn.Parameter] = {}
     for module, layer in adapter_layers(transformer).items():
-        named[f"{module}.lora_A.weight"], named[f"{module}.lora_B.weight"] = _factors(layer)
+        parts = {part: getattr(layer, part) for part in PARTS}
+        for part, held in parts.items():
+            if ADAPTER in held:
+                for name, parameter in held[ADAPTER].named_parameters():
+                    named[f"{module}.{part}.{name}"] = parameter
     return named
 
 
 def adapter_parameters(transformer: nn.Module) -> list[nn.Parameter]:
-    """The A and B of each adapted linear, in model order."""
-    return list(_named_factors(transformer).values())
+    """What is trained, in model order."""
+    return list(named_adapter_parameters(transformer).values())
 
 
 def adapter_state(transformer: nn.Module) -> dict[str, Tensor]:
-    """fp32 copies on the CPU, named "<diffusers module>.lora_A.weight" and ".lora_B.weight"."""
+    """fp32 copies on the CPU of `named_adapter_parameters`."""
     return {
         name: parameter.detach().to("cpu", torch.float32, copy=True)
-        for name, parameter in _named_factors(transformer).items()
+        for name, parameter in named_adapter_parameters(transformer).items()
     }
+
+
+@torch.no_grad()
+def finished_state(transformer: nn.Module) -> dict[str, Tensor]:
+    """An adapter's state as `wan.lora_format.export_adapter` takes it.
+
+    A DoRA has `dora_scale` (out, 1) for its magnitudes: loaders divide by the norm of W, not by
+    that of the adapted weight (section 2.E), so m |W| / |W + s B A| gives exactly what was trained.
+    """
+    state = adapter_state(transformer)
+    for module, layer in adapter_layers(transformer).items():
+        if state.pop(f"{module}.{PARTS[2]}.weight", None) is not None:
+            magnitude = layer.lora_magnitude_vector[ADAPTER]
+            assert isinstance(magnitude, Magnitude)
+            scale = dora_ratio(layer, ADAPTER) * magnitude.base_norm
+            state[f"{module}.dora_scale"] = scale[:, None].to("cpu", torch.float32)
+    return state
 
 
 @torch.no_grad()
 def load_adapter_state(transformer: nn.Module, state: dict[str, Tensor]) -> None:
     """Put a state of `adapter_state` back; `ValueError`, and no change, if it does not fit."""
-    named = _named_factors(transformer)
+    named = named_adapter_parameters(transformer)
     if different := sorted(named.keys() ^ state.keys()):
         owner = "the model's adapter" if different[0] in named else "the loaded state"
         raise ValueError(
@@ -184,129 +264,19 @@ def load_adapter_state(transformer: nn.Module, state: dict[str, Tensor]) -> None
 
 
 @torch.no_grad()
-def load_adapter(
-    transformer: WanTransformer3DModel, state: Mapping[str, Tensor], name: str
-) -> None:
-    """Add a finished adapter, frozen, at strength 1; other adapters keep their strengths.
-
-    `state` is that of `wan.lora_format.read_adapter`: the scale is in B. `ValueError`, and no
-    change, if it does not fit the model or the name cannot be had.
-    """
-    strengths = adapter_strengths(transformer)
-    if name in strengths or not name or "." in name:
-        raise ValueError(f"an adapter cannot be called {name!r}: it is taken, empty or has a dot")
-    ranks = _ranks_that_fit(transformer, state, name)
-    usual = max(ranks.values())
-    others = {module: rank for module, rank in ranks.items() if rank != usual}
-    config = LoraConfig(
-        r=usual,
-        lora_alpha=usual,
-        rank_pattern=others,
-        alpha_pattern=others,
-        target_modules=[*ranks],
-    )
-    with _trainability_kept(transformer), torch.random.fork_rng(devices=[]):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # meant
-            transformer.add_adapter(config, name)
-        for module, layer in adapter_layers(transformer, name).items():
-            layer.lora_A[name].float()  # PEFT casts to the base's dtype
-            layer.lora_B[name].float()
-            for factor, parameter in zip("AB", _factors(layer, name), strict=True):
-                parameter.copy_(state[f"{module}.lora_{factor}.weight"])
-        active = [other for other, strength in strengths.items() if strength]
-        for layer in _lora_layers(transformer).values():
-            layer.set_adapter([*active, name])
-
-
-def _ranks_that_fit(
-    transformer: nn.Module, state: Mapping[str, Tensor], name: str
-) -> dict[str, int]:
-    """The rank in each module of a state; `ValueError` if the model has no such linear."""
-    ranks: dict[str, int] = {}
-    for module in dict.fromkeys(key.rpartition(".lora_")[0] for key in state):
-        a, b = (state[f"{module}.lora_{factor}.weight"] for factor in "AB")
-        found, ranks[module] = (b.shape[0], a.shape[1]), a.shape[0]
-        try:
-            linear = transformer.get_submodule(module)
-        except AttributeError:
-            raise ValueError(
-                f"the adapter {name!r} does not fit: the model has no {module}"
-            ) from None
-        needed = (linear.out_features, linear.in_features)
-        if found != needed:
-            raise ValueError(
-                f"the adapter {name!r} does not fit: its {module} is {found} (out, in), that of "
-                f"the model {needed}; was it made for another model?"
-            )
-    return ranks
-
-
-def adapter_strengths(transformer: nn.Module) -> dict[str, float]:
-    """The strength of each adapter that the transformer has: 0 for one that does not work."""
-    strengths: dict[str, float] = {}
-    for layer in _lora_layers(transformer).values():
-        for name in layer.lora_A:
-            strength = layer.scaling[name] * layer.r[name] / layer.lora_alpha[name]
-            strengths[name] = strength if name in layer.active_adapters else 0.0
-    return strengths
-
-
-def set_strengths(transformer: nn.Module, strengths: Mapping[str, float]) -> None:
-    """Let adapters work at these strengths together, and those that are not named not at all.
-
-    1 is as trained, 0 exactly the base. `ValueError` for a name that the transformer does not have.
-    """
-    known = adapter_strengths(transformer)
-    for name, strength in strengths.items():
-        if name not in known:
-            raise ValueError(f"no adapter is called {name!r}; known: {', '.join(known) or 'none'}")
-        if not math.isfinite(strength):
-            raise ValueError(f"the strength of an adapter must be a number; found {strength}")
-    with _trainability_kept(transformer):
-        for layer in _lora_layers(transformer).values():
-            layer.set_adapter([name for name, strength in strengths.items() if strength])
-            for name, strength in strengths.items():
-                layer.set_scale(name, strength)
-
-
-@contextmanager
-def _trainability_kept(transformer: nn.Module) -> Iterator[None]:
-    """After the block is trainable what was before, and nothing else: PEFT's switches change it."""
-    trainable = {id(p) for p in transformer.parameters() if p.requires_grad}
-    try:
-        yield
-    finally:
-        for parameter in transformer.parameters():
-            parameter.requires_grad_(id(parameter) in trainable)
-
-
-@contextmanager
-def without_adapter(transformer: nn.Module) -> Iterator[None]:
-    """Within the block the model computes exactly what its base does; after it, all is back."""
-    layers = _lora_layers(transformer).values()
-    enabled = [not layer.disable_adapters for layer in layers]
-    with _trainability_kept(transformer):
-        for layer in layers:
-            layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        with _trainability_kept(transformer):
-            for layer, was_enabled in zip(layers, enabled, strict=True):
-                layer.enable_adapters(was_enabled)
-
-
-@torch.no_grad()
 def delta_norms(transformer: nn.Module) -> dict[str, float]:
-    """Frobenius norm of alpha / rank * B @ A for each module, from two (rank, rank) products.
+    """Frobenius norm of what the adapter changes in each module, from two (rank, rank) products.
 
-    ||B A||^2 = trace(A^T B^T B A) = sum(B^T B * A A^T): the (out, in) product is never formed.
+    ||B A||^2 = trace(A^T B^T B A) = sum(B^T B * A A^T): the (out, in) product is never formed but
+    for DoRA, which changes all of W.
     """
     norms = []
     layers = adapter_layers(transformer)
     for layer in layers.values():
-        a, b = (factor.double() for factor in _factors(layer))
+        if ADAPTER in layer.lora_magnitude_vector:
+            norms.append(weight_change(layer, ADAPTER).norm().double())
+            continue
+        a, b = (factor.double() for factor in plain_factors(layer, ADAPTER))
         # Rounding may take a sum that is 0 below it.
         squared = ((b.T @ b) * (a @ a.T)).sum().clamp_min(0)
         norms.append(layer.scaling[ADAPTER] * squared.sqrt())

@@ -15,9 +15,10 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 TEXT_LEN = 512  # rows of text that every Wan was trained with, zeros included (wan22.md, trap 6)
+
+FFN_TOKENS = 5632  # at once: 3 GiB less at 480x832x81 for 1 % of the time (docs/performance.md)
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, each (1, L, 1, head_dim)
 
@@ -33,27 +34,26 @@ def predict_velocity(
 
     For I2V-A14B the condition is in the last channels of x. `timestep` (B,) is 1000 sigma in fp32,
     `text` (B, 512, D) is padded. `first_frame_given` (B,) bool says in which samples latent frame 0
-    is an image without noise (TI2V-5B): there its tokens have timestep 0. Adapters, the attention
-    backend and gradient checkpointing are those of `transformer`.
+    is an image without noise (TI2V-5B): there its tokens have timestep 0. Adapters and the kernels
+    of attention are those of `transformer`; blocks with a forward from `wan.speed` run that.
     """
     assert timestep.dtype == torch.float32, "in bf16, timestep 833 would become 832"
     assert text.shape[1] == TEXT_LEN, "the model attends to the rows of zeros too: pad the text"
     rotary: Rotary = transformer.rope(x)
     assert rotary[0].dtype == torch.float32, "rounded angles are other positions"
 
-    patches = _in_fp32(transformer.patch_embedding, x.float())  # (B, d, F, h/2, w/2)
+    x = x.float().detach()
+    if torch.is_grad_enabled():
+        x.requires_grad_()  # the first block's input has a gradient too: to a compiler it is as all
+    patches = _in_fp32(transformer.patch_embedding, x)  # (B, d, F, h/2, w/2)
     hidden = patches.flatten(2).transpose(1, 2).contiguous()  # (B, L, d)
     time, modulation = embed_time(transformer, timestep, x.shape[2], first_frame_given)
     text = transformer.condition_embedder.text_embedder(text.to(transformer.dtype))  # (B, 512, d)
 
-    recompute = transformer.gradient_checkpointing and torch.is_grad_enabled()
     for block in cast(Iterable[WanTransformerBlock], transformer.blocks):
-        arguments = (block, hidden, text, modulation, rotary)
-        hidden = (
-            checkpoint(block_forward, *arguments, use_reentrant=False)
-            if recompute
-            else block_forward(*arguments)
-        )
+        arguments = (hidden, text, modulation, rotary)
+        prepared = "forward" in vars(block)  # by wan.speed
+        hidden = block(*arguments) if prepared else block_forward(block, *arguments)
 
     shift, scale = (transformer.scale_shift_table.float() + time[:, :, None]).unbind(2)
     out = _in_fp32(transformer.proj_out, _modulate(transformer.norm_out(hidden), shift, scale))
@@ -107,7 +107,9 @@ def block_forward(
     hidden = _add_gated(hidden, block.attn1(normed.to(dtype), None, None, rotary), gate_attention)
     hidden = hidden + block.attn2(block.norm2(hidden).to(dtype), text, None, None)
     normed = _modulate(block.norm3(hidden), shift_ffn, scale_ffn)
-    return _add_gated(hidden, block.ffn(normed.to(dtype)), gate_ffn)
+    # By parts: its inner activations are the largest of all, and each token has its own.
+    parts = [block.ffn(part) for part in normed.to(dtype).split(FFN_TOKENS, dim=1)]
+    return _add_gated(hidden, torch.cat(parts, dim=1), gate_ffn)
 
 
 def _modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

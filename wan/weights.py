@@ -7,6 +7,7 @@ Source: `spec/wan22.md` sections 5.3 and 7, traps 9 to 12 and 20.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -22,25 +23,45 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from wan.dequantise import dequantise_fp8, dequantise_gguf, gguf_linear, gguf_tensors, quantisation
+from wan.dequantise import dequantise_fp8, dequantise_gguf, gguf_tensors, quantisation
 from wan.headers import ModelError
 from wan.key_names import TIED_EMBEDDING, library_name
+from wan.lora import split_module
+from wan.quantise import FrozenLinear
+from wan.quantised_weight import FrozenFormat, PackedWeight, check_format, fp8_as_stored, pack
 from wan.recognise import EXTRAS, SCALES, Weights
 
 Device = torch.device | str
-Readers = Mapping[str, Callable[[], Tensor]]  # how to read each tensor, by its name
+Readers = Mapping[str, Callable[[], Tensor]]  # how to read each tensor of a file, by its name
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """How to read a tensor as it is stored, and its scale if it has one."""
+
+    name: str  # in the file
+    read: Callable[[], Tensor]
+    read_scale: Callable[[], Tensor] | None
 
 
 def build_transformer(
-    weights: Weights, dtype: torch.dtype, device: Device
+    weights: Weights,
+    dtype: torch.dtype,
+    device: Device,
+    frozen: FrozenFormat | None = None,
+    pack_on: Device | None = None,
 ) -> WanTransformer3DModel:
     """The frozen transformer in `dtype`, but for what diffusers keeps in fp32, in every layout.
 
-    Quantised linears of a GGUF stay quantised and compute in `dtype`. `ModelError` unless the files
-    hold exactly the model's tensors.
+    The linears of blocks are packed as `frozen` says, one by one as they are read, on a device of
+    their own if one is given. What the file has in that format already stays as it is stored, and
+    so does what a GGUF quantised, unless a format is asked for. `ModelError` unless the files hold
+    exactly the model's tensors, and if the format cannot be had.
     """
+    check_format(frozen)
     model = empty_transformer(weights.config)
-    _fill(model, weights, dtype, device, WanTransformer3DModel._keep_in_fp32_modules or ())
+    kept = WanTransformer3DModel._keep_in_fp32_modules or ()
+    _fill(model, weights, dtype, device, kept, frozen, pack_on)
     # Built anew: its tables are in no file, and nothing computes them from a model without memory.
     config = model.config
     model.rope = WanRotaryPosEmbed(
@@ -89,7 +110,10 @@ def parameter_count(model: nn.Module | Weights) -> int:
     if isinstance(model, Weights):
         empty = {"vae": empty_vae, "text_encoder": empty_text_encoder}
         return parameter_count(empty.get(model.part, empty_transformer)(model.config))
-    return sum(_shape(parameter).numel() for parameter in model.parameters())
+    packed = [m for m in model.modules() if isinstance(m, FrozenLinear)]
+    return sum(parameter.numel() for parameter in model.parameters()) + sum(
+        linear.in_features * linear.out_features for linear in packed
+    )
 
 
 def read_tensors(weights: Weights, device: Device = "cpu") -> Iterator[tuple[str, Tensor]]:
@@ -98,41 +122,70 @@ def read_tensors(weights: Weights, device: Device = "cpu") -> Iterator[tuple[str
     fp8 with scales comes made whole in fp32; what GGUF quantises comes as a GGUFParameter on the
     CPU. A tensor on the CPU may be a view of the file: copy what you keep.
     """
-    for name, read in _readers(weights, device).items():
-        yield name, read()
+    for name, stored in _stored_tensors(weights).items():
+        tensor = _as_stored(weights, stored)
+        is_packed = isinstance(tensor, GGUFParameter)
+        yield name, tensor if is_packed else _whole(weights, stored, tensor, device)
 
 
 def _fill(
-    model: nn.Module, weights: Weights, dtype: torch.dtype, device: Device, kept: Sequence[str]
+    model: nn.Module,
+    weights: Weights,
+    dtype: torch.dtype,
+    device: Device,
+    kept: Sequence[str],
+    frozen: FrozenFormat | None = None,
+    pack_on: Device | None = None,
 ) -> None:
     """Put every tensor in its place, in `dtype`, or fp32 where a part of its name is in `kept`."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     shapes.pop(TIED_EMBEDDING, None)
-    readers = _readers(weights, device)
-    _check_names(weights, list(shapes), list(readers))
-    for name, read in readers.items():
-        tensor = read()
+    tensors = _stored_tensors(weights)
+    _check_names(weights, list(shapes), list(tensors))
+    for name, stored in tensors.items():
+        tensor = _as_stored(weights, stored)
         if _shape(tensor) != shapes[name]:
             raise ModelError(
                 f"{_place(weights)} cannot be loaded: {name} has the shape {tuple(_shape(tensor))},"
                 f" its config says {tuple(shapes[name])}: it is of another model; download the "
                 "model again"
             )
-        is_kept = any(part in kept for part in name.split("."))
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        wanted = torch.float32 if is_kept else dtype
-        if isinstance(tensor, GGUFParameter):
-            # Of a transformer: wan/transformer.py needs what is outside of its blocks whole.
-            if name.startswith("blocks.") and isinstance(module, nn.Linear) and not is_kept:
-                quantised = cast("GGUFParameter", tensor.to(device))
-                model.set_submodule(path, gguf_linear(module, quantised, dtype))
+        # wan/transformer.py needs what is outside of its blocks whole.
+        if leaf == "weight" and isinstance(module, nn.Linear) and split_module(path):
+            packed = _packed(weights, stored, tensor, frozen, pack_on or device)
+            if packed:
+                model.set_submodule(path, FrozenLinear(packed.to(device), module, dtype))
                 continue
-            whole = dequantise_gguf(tensor, wanted).to(device)
+        wanted = torch.float32 if any(part in kept for part in name.split(".")) else dtype
+        if isinstance(tensor, GGUFParameter):
+            whole = dequantise_gguf(cast("GGUFParameter", tensor), wanted).to(device)
         else:
             # A copy: a file that is replaced under a run must not change its model.
-            whole = tensor.to(wanted, copy=True)
+            whole = _whole(weights, stored, tensor, device).to(wanted, copy=True)
         setattr(module, leaf, nn.Parameter(whole, requires_grad=False))
+
+
+def _packed(
+    weights: Weights,
+    stored: _Stored,
+    tensor: Tensor,
+    frozen: FrozenFormat | None,
+    device: Device,
+) -> PackedWeight | None:
+    """A linear's weight in the format, or as a GGUF stores it; None if it is to be whole."""
+    if isinstance(tensor, GGUFParameter):
+        packed = cast("GGUFParameter", tensor)
+        if frozen is None:
+            return PackedWeight(packed.as_tensor(), torch.empty(0), quantisation(packed)[0].name)
+        return pack(
+            dequantise_gguf(cast("GGUFParameter", packed.to(device)), torch.float32), frozen
+        )
+    if frozen is None:
+        return None
+    kept = fp8_as_stored(tensor, stored.read_scale and stored.read_scale(), frozen)
+    return kept or pack(_whole(weights, stored, tensor, device), frozen)
 
 
 def _check_names(weights: Weights, expected: Sequence[str], found: Sequence[str]) -> None:
@@ -159,42 +212,44 @@ def _place(weights: Weights) -> Path:
     return weights.files[0] if len(weights.files) == 1 else weights.files[0].parent
 
 
-def _readers(weights: Weights, device: Device) -> Readers:
+def _stored_tensors(weights: Weights) -> dict[str, _Stored]:
     """How to read each tensor, by the library's name."""
-    stored: dict[str, Callable[[], Tensor]] = {}
+    readers: dict[str, Callable[[], Tensor]] = {}
     for file in weights.files:
         for name, read in _tensors_in(file).items():
-            stored[name.removeprefix(weights.prefix)] = read
-    return {
-        library_name(name, weights.part, weights.naming): partial(
-            _read, weights, stored, name, device
+            readers[name.removeprefix(weights.prefix)] = read
+    found: dict[str, _Stored] = {}
+    for name, read in readers.items():
+        if name.endswith(EXTRAS):
+            continue
+        scales = [name.removesuffix(".weight") + end for end in SCALES]
+        read_scale = next((readers[scale] for scale in scales if scale in readers), None)
+        library = library_name(name, weights.part, weights.naming)
+        found[library] = _Stored(name, read, read_scale)
+    return found
+
+
+def _as_stored(weights: Weights, stored: _Stored) -> Tensor:
+    tensor = stored.read()
+    if not isinstance(tensor, GGUFParameter) and not tensor.is_floating_point():
+        raise ModelError(
+            f"{_place(weights)}: {stored.name} is stored as {tensor.dtype}, a quantisation that is "
+            "not read; take a file in bf16, fp16, fp8 or GGUF"
         )
-        for name in stored
-        if not name.endswith(EXTRAS)
-    }
+    return tensor
 
 
-def _read(weights: Weights, stored: Readers, name: str, device: Device) -> Tensor:
-    """One tensor on `device`, made whole there with its scale if it has one."""
-    tensor = stored[name]()
-    if isinstance(tensor, GGUFParameter):
-        return tensor
+def _whole(weights: Weights, stored: _Stored, tensor: Tensor, device: Device) -> Tensor:
+    """A tensor as it was read, on `device`: made whole there with its scale if it has one."""
     tensor = tensor.to(device)
-    layer = name.removesuffix(".weight")
-    scale = next((stored[layer + end] for end in SCALES if layer + end in stored), None)
-    if scale:
+    if stored.read_scale:
         try:
-            return dequantise_fp8(tensor, scale().to(device))
+            return dequantise_fp8(tensor, stored.read_scale().to(device))
         except ValueError as error:
             raise ModelError(
-                f"{_place(weights)}: {name} cannot be made whole ({error}); take a file in bf16, "
-                "or in fp8 as ComfyUI, LightX2V or musubi-tuner write it"
+                f"{_place(weights)}: {stored.name} cannot be made whole ({error}); take a file in "
+                "bf16, or in fp8 as ComfyUI, LightX2V or musubi-tuner write it"
             ) from None
-    if not tensor.is_floating_point():
-        raise ModelError(
-            f"{_place(weights)}: {name} is stored as {tensor.dtype}, a quantisation that is not "
-            "read; take a file in bf16, fp16, fp8 or GGUF"
-        )
     return tensor
 
 

@@ -1,0 +1,47 @@
+"""The measuring program measures what it says, at toy size."""
+
+import pytest
+import torch
+
+from tools.bench_step import FORMATS, adapted, bench_steps, gradient_errors, reference
+from wan.lora import adapter_state
+from wan.variants import VARIANTS
+
+TINY = VARIANTS["tiny"]
+CPU = torch.device("cpu")
+
+
+def test_a_step_is_compared_with_floor_and_reference() -> None:
+    lines = bench_steps(TINY, 2, [(5, 32, 32), (1, 32, 32)], rounds=1)
+    assert [(line["preset"], line["shape"]) for line in lines] == [
+        ("bf16, attention kept", [5, 32, 32]),
+        ("bf16, auto", [5, 32, 32]),
+        ("bf16, auto", [1, 32, 32]),
+        ("fp8, auto", [5, 32, 32]),
+        ("fp8, auto", [1, 32, 32]),
+    ]
+    for line in lines:
+        seconds, floor, against = (
+            line[key] for key in ("seconds", "floor_seconds", "reference_seconds")
+        )
+        assert isinstance(seconds, float)
+        assert isinstance(floor, float)
+        assert isinstance(against, float)
+        assert line["over_floor"] == pytest.approx(seconds / floor, rel=0.2)
+        assert line["speed_up"] == pytest.approx(against / seconds, rel=0.2)
+
+
+def test_reference_and_ours_are_the_same_model() -> None:
+    ours = adapted(TINY, 2, torch.bfloat16, CPU, None)
+    theirs = reference(TINY, 2, CPU)
+    for name, tensor in adapter_state(ours).items():
+        assert torch.equal(tensor, theirs.get_parameter(name.replace(".weight", ".default.weight")))
+    assert torch.equal(ours.proj_out.weight, theirs.proj_out.weight)
+
+
+def test_fewer_bits_cost_what_is_said_of_them() -> None:
+    errors = gradient_errors(TINY, 2, (1, 64, 64), FORMATS)
+    assert errors["bf16"]["relative"] < errors["reference"]["relative"]
+    order = [errors[name]["relative"] for name in ("bf16", "int8", "fp8_weights", "fp8", "nf4")]
+    assert order == sorted(order)
+    assert errors["nf4"]["cosine"] > 0.98

@@ -1,0 +1,378 @@
+"""One training step: the card's own limit, the plain reference, and ours, in one run.
+
+Random weights of the variant's full width. The kernel floor is what the step's large kernels take
+alone: each linear forward and for the gradient of its input, attention forward and backward. The
+reference is diffusers and PEFT as their documentation has it: adapters in fp32 under autocast, all
+of each block computed twice, eager; it is measured with 1 and 3 blocks, and its line drawn through
+both. Floor and reference are measured again in each round, between our steps.
+"""
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformer3DModel
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wan import lora
+from wan.compiler import graphs_compiled
+from wan.flow import timestep_of
+from wan.key_names import transformer_config
+from wan.lora import split_module
+from wan.memory import set_up_blocks
+from wan.quantise import FrozenLinear
+from wan.quantised_weight import FrozenFormat, pack
+from wan.speed import Keep, blocks_of, prepare_blocks
+from wan.text import pad_text
+from wan.transformer import predict_velocity
+from wan.variants import Variant
+from wan.weights import empty_transformer
+
+RANK = 16
+REFERENCE_BLOCKS = (1, 3)
+GIB = 2**30
+Shape = tuple[int, int, int]  # frames, height, width
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How our transformer is set up; keep None = as much as fits."""
+
+    name: str
+    frozen: FrozenFormat | None
+    keep: Keep | None
+
+
+FORMATS: tuple[FrozenFormat | None, ...] = (None, "fp8", "fp8_weights", "int8", "nf4")
+PRESETS = (
+    Preset("bf16, attention kept", None, "attention"),
+    Preset("bf16, auto", None, None),
+    Preset("fp8, auto", "fp8", None),
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a step is given: a clip of noise, its caption, and the velocity to predict."""
+
+    x: Tensor  # (1, C_in, F, h, w)
+    timestep: Tensor  # (1,)
+    text: Tensor  # (1, text_len, D)
+    target: Tensor  # (1, C, F, h, w)
+
+
+Loss = Callable[[WanTransformer3DModel, Inputs], Tensor]
+
+
+def bench_steps(
+    facts: Variant, blocks: int, shapes: Sequence[Shape], rounds: int
+) -> list[dict[str, object]]:
+    """One line for each shape and preset: seconds, GiB, and the ratios to floor and reference."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = []
+    formats: list[FrozenFormat | None] = [None, "fp8"]
+    for frozen in formats:
+        model = adapted(facts, blocks, torch.bfloat16, device, frozen)
+        for shape in shapes:
+            inputs = random_inputs(facts, shape, device)
+            for preset in PRESETS:
+                if preset.frozen == frozen and _worth_it(preset, shape):
+                    line: dict[str, object] = {
+                        "shape": list(shape),
+                        "blocks": blocks,
+                        "preset": preset.name,
+                    }
+                    line |= _measured(model, facts, preset, inputs, rounds)
+                    print(json.dumps(line), flush=True)
+                    found.append(line)
+        del model
+        _free()
+    return found
+
+
+def _worth_it(preset: Preset, shape: Shape) -> bool:
+    """A picture's activations fit as they are."""
+    return preset.keep is None or shape[0] > 1
+
+
+def _measured(
+    model: WanTransformer3DModel, facts: Variant, preset: Preset, inputs: Inputs, rounds: int
+) -> dict[str, object]:
+    """Rounds of floor, reference and our step, one after the other; the medians."""
+    device, blocks = inputs.x.device, len(blocks_of(model))
+    few = [reference(facts, count, device) for count in REFERENCE_BLOCKS]
+    compiled = device.type == "cuda"
+    keep = set_up_blocks(model, preset.keep or "auto", compiled, inputs.x.shape, rows=1)
+    graphs = graphs_compiled()
+    started = time.perf_counter()
+    step_seconds(model, our_loss, inputs)
+    compiling = time.perf_counter() - started
+    for other in few:
+        step_seconds(other, reference_loss, inputs)
+    floors, references, ours = [], [], []
+    reset_peak(device)
+    static = allocated(device) - sum(p.nbytes for other in few for p in other.parameters())
+    peak = 0
+    for _ in range(rounds):
+        reset_peak(device)
+        ours.append(step_seconds(model, our_loss, inputs))
+        peak = max(peak, peak_bytes(device) - allocated(device) + static)
+        fewer, more = (step_seconds(other, reference_loss, inputs) for other in few)
+        slope = (more - fewer) / (REFERENCE_BLOCKS[1] - REFERENCE_BLOCKS[0])
+        references.append(fewer + slope * (blocks - REFERENCE_BLOCKS[0]))
+        floors.append(blocks * floor_seconds(facts, inputs, fp8=preset.frozen == "fp8"))
+    seconds, floor = statistics.median(ours), statistics.median(floors)
+    reference_seconds = statistics.median(references)
+    del few
+    _free()
+    return {
+        "blocks": blocks,
+        "seconds": round(seconds, 4),
+        "peak_gib": round(peak / GIB, 1),
+        "floor_seconds": round(floor, 4),
+        "over_floor": round(seconds / floor, 3),
+        "reference_seconds": round(reference_seconds, 4),
+        "speed_up": round(reference_seconds / seconds, 3),
+        "kept": {kind: keep.count(kind) for kind in dict.fromkeys(keep)},
+        "first_step_seconds": round(compiling, 1),
+        "graphs": graphs_compiled() - graphs,
+    }
+
+
+def step_seconds(model: WanTransformer3DModel, loss: Loss, inputs: Inputs) -> float:
+    """A forward and a backward pass; no gradients are left."""
+    synchronise(inputs.x.device)
+    started = time.perf_counter()
+    loss(model, inputs).backward()
+    synchronise(inputs.x.device)
+    seconds = time.perf_counter() - started
+    for parameter in model.parameters():
+        parameter.grad = None
+    return seconds
+
+
+def floor_seconds(facts: Variant, inputs: Inputs, fp8: bool) -> float:
+    """The large kernels of one block, alone and one after the other, as often as takes a second."""
+    x = inputs.x
+    tokens = x.shape[2] * x.shape[3] * x.shape[4] // 4
+    dim, hidden, heads = facts.transformer.dim, facts.transformer.ffn_dim, facts.transformer.heads
+    make = {"device": x.device, "dtype": torch.bfloat16}
+    fp8 = fp8 and x.is_cuda
+    product = _fp8_product if fp8 else torch.matmul
+    pairs = []
+    for count, rows, columns in ((6, dim, dim), (1, dim, hidden), (1, hidden, dim)):
+        a, b = torch.randn(tokens, rows, **make), torch.randn(columns, rows, **make)
+        if fp8:
+            a, b = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
+        pairs += [(a, b.t())] * (2 * count)  # the gradient of the input is as large
+    shape = (1, heads, tokens, dim // heads)
+    q, k, v = (torch.randn(shape, **make).requires_grad_() for _ in range(3))
+    grad = torch.randn(shape, **make)
+
+    def block() -> None:
+        for a, b in pairs:
+            product(a, b)
+        out = F.scaled_dot_product_attention(q, k, v)
+        torch.autograd.grad(out, (q, k, v), grad)
+
+    block()
+    synchronise(x.device)
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < 1:
+        for _ in range(4):
+            block()
+        count += 4
+        synchronise(x.device)
+    return (time.perf_counter() - started) / count
+
+
+def _fp8_product(a: Tensor, b: Tensor) -> Tensor:
+    rows = torch.ones(a.shape[0], 1, device=a.device)
+    columns = torch.ones(1, b.shape[1], device=a.device)
+    return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+        a, b, rows, columns, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+def gradient_errors(
+    facts: Variant, blocks: int, shape: Shape, formats: Sequence[FrozenFormat | None] = FORMATS
+) -> dict[str, dict[str, float]]:
+    """How far the gradients of all adapters are from those in fp32: the reference's and ours."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = random_inputs(facts, shape, device)
+    exact = gradients(adapted(facts, blocks, torch.float32, device, None), our_loss, inputs)
+    errors = {}
+    plain = reference(facts, blocks, device)
+    errors["reference"] = _error(gradients(plain, reference_loss, inputs), exact)
+    del plain
+    for frozen in formats:
+        model = adapted(facts, blocks, torch.bfloat16, device, frozen)
+        keep: Keep = "attention"
+        prepare_blocks(model, (keep,) * blocks, device.type == "cuda", device)
+        errors[frozen or "bf16"] = _error(gradients(model, our_loss, inputs), exact)
+        del model
+        _free()
+    return errors
+
+
+def gradients(model: WanTransformer3DModel, loss: Loss, inputs: Inputs) -> dict[str, Tensor]:
+    """Of each adapter's tensor, by its name."""
+    loss(model, inputs).backward()
+    found = {
+        name: parameter.grad.float()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    for parameter in model.parameters():
+        parameter.grad = None
+    return found
+
+
+def _error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    assert found.keys() == exact.keys()
+    a = torch.cat([found[name].flatten() for name in exact])
+    b = torch.cat([exact[name].flatten() for name in exact])
+    return {
+        "relative": round(((a - b).norm() / b.norm()).item(), 5),
+        "cosine": round(F.cosine_similarity(a.double(), b.double(), dim=0).item(), 6),
+    }
+
+
+def reference(facts: Variant, blocks: int, device: torch.device) -> WanTransformer3DModel:
+    """diffusers and PEFT: a base in bf16, adapters in fp32, all of each block computed twice."""
+    model = random_transformer(facts, blocks, torch.bfloat16, device)
+    names = [f"blocks.{i}.{name}" for i in range(blocks) for name in lora.BLOCK_LINEARS]
+    model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    _fill_adapters(model)
+    model.enable_gradient_checkpointing()
+    return model.train()
+
+
+def reference_loss(model: WanTransformer3DModel, inputs: Inputs) -> Tensor:
+    """The library's forward pass under autocast, and the squared error."""
+    with torch.autocast(inputs.x.device.type, torch.bfloat16):
+        x, text = inputs.x.to(model.dtype), inputs.text.to(model.dtype)
+        out = model(x, inputs.timestep, text, return_dict=False)[0]
+    return (out.float() - inputs.target).square().mean()
+
+
+def adapted(
+    facts: Variant,
+    blocks: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    frozen: FrozenFormat | None,
+) -> WanTransformer3DModel:
+    """Our transformer, with the numbers of the reference in its weights and adapters."""
+    model = random_transformer(facts, blocks, dtype, device, frozen)
+    targets = lora.target_modules("all")
+    lora.attach(model, RANK, float(RANK), dict.fromkeys(targets, RANK), 0.0, seed=0)
+    _fill_adapters(model)
+    return model.train()
+
+
+def our_loss(model: WanTransformer3DModel, inputs: Inputs) -> Tensor:
+    """Our forward pass, and the squared error."""
+    out = predict_velocity(model, inputs.x, inputs.timestep, inputs.text)
+    return (out - inputs.target).square().mean()
+
+
+@torch.no_grad()
+def _fill_adapters(model: nn.Module) -> None:
+    """Factors as after some training: with B = 0 the gradient of A would be 0."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            generator = torch.Generator().manual_seed(sum(name.encode()))
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(values * 0.5 * max(parameter.shape) ** -0.5)
+
+
+def random_transformer(
+    facts: Variant,
+    blocks: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    frozen: FrozenFormat | None = None,
+) -> WanTransformer3DModel:
+    """A transformer of the variant's width with so many blocks; always the same numbers.
+
+    Made and packed tensor by tensor: never more of it is in memory than in the end.
+    """
+    small = replace(facts, transformer=replace(facts.transformer, layers=blocks))
+    model = empty_transformer(transformer_config(small))
+    generator = torch.Generator(device).manual_seed(0)
+    in_fp32 = WanTransformer3DModel._keep_in_fp32_modules or ()
+    for name, parameter in list(model.named_parameters()):
+        path, _, leaf = name.rpartition(".")
+        values = _random(name, parameter.shape, generator)
+        values = values.to(torch.float32 if any(part in name for part in in_fp32) else dtype)
+        module = model.get_submodule(path)
+        if frozen is not None and leaf == "weight" and split_module(path) is not None:
+            linear = cast("nn.Linear", module)
+            model.set_submodule(path, FrozenLinear(pack(values, frozen), linear, dtype))
+        else:
+            setattr(module, leaf, nn.Parameter(values, requires_grad=False))
+    config = model.config
+    model.rope = WanRotaryPosEmbed(
+        config["attention_head_dim"], config["patch_size"], config["rope_max_seq_len"]
+    ).to(device)
+    return model.eval()
+
+
+def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Values of a trained model's scale, exact in bf16, so that every dtype has the same model."""
+    device = generator.device
+    if "norm" in name and name.endswith("weight"):
+        return torch.ones(shape, device=device)
+    fan_in = shape[1:].numel() if len(shape) > 1 else shape.numel()
+    values = torch.randn(shape, generator=generator, device=device) * fan_in**-0.5
+    return values.bfloat16().float()
+
+
+def random_inputs(facts: Variant, shape: Shape, device: torch.device) -> Inputs:
+    """Inputs of one clip (frames, height, width)."""
+    generator = torch.Generator(device).manual_seed(1)
+    latent = facts.geometry.latent_shape(*shape)
+    x = torch.randn(1, facts.in_channels, *latent[1:], generator=generator, device=device)
+    target = torch.randn(1, *latent, generator=generator, device=device)
+    rows = torch.randn(60, facts.transformer.text_dim, generator=generator, device=device)
+    text = pad_text([rows.cpu()], facts.text_len).to(device)
+    return Inputs(x, timestep_of(torch.tensor([0.7], device=device)), text, target)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak of the device's memory so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The peak of the device's memory; 0 on the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def allocated(device: torch.device) -> int:
+    """Memory of the device that is in use; 0 on the CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
