@@ -6,9 +6,10 @@ import torch
 from adapter_examples import random_state
 from torch import Tensor
 
-from wan.adapter_layouts import AdapterFile, read_any, write_layout
+from wan.adapter_layouts import AdapterFile, read_any
 from wan.adapter_names import Layout, read_stem
 from wan.adapter_values import Factors
+from wan.adapter_writing import write_layout
 
 
 def adapter(scale: float = 1.0, blocks: int = 2, preset: str = "all") -> dict[str, Factors]:

@@ -238,6 +238,19 @@ def test_file_names_that_hide_the_expert_or_the_file_are_told(tmp_path: Path) ->
     assert "'optimizer' in their name" in texts(check, "warning")
 
 
+def test_a_name_with_an_expert_is_told_of_a_model_that_has_one(tmp_path: Path) -> None:
+    for name, told in (("fox_high_noise", True), ("fox", False)):
+        tensors = {
+            f"diffusion_model.blocks.29.self_attn.{linear}.{factor}.weight": torch.ones(shape)
+            for linear in "qk"
+            for factor, shape in (("lora_A", (1, 3072)), ("lora_B", (3072, 1)))
+        }
+        check = check_adapter(write(tmp_path / f"{name}.safetensors", tensors))
+        assert check.fit is not None
+        assert "TI2V-5B" in check.fit.title
+        assert ("InvokeAI reads high in its name" in texts(check, "warning")) == told
+
+
 def our_pair(folder: Path, **low: str) -> tuple[Check, Check]:
     high = check_adapter(our_file(folder, "high"))
     return high, check_adapter(our_file(folder, "low", 1, **low))

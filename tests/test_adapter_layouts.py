@@ -11,9 +11,10 @@ from layout_adapters import adapter, deltas, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wan.adapter_layouts import pair_of, read_any, write_layout
+from wan.adapter_layouts import pair_of, read_any
 from wan.adapter_names import Layout, diffusers_name, read_stem, stem_of
 from wan.adapter_values import Factors
+from wan.adapter_writing import write_layout
 from wan.checkpoints import ModelError
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)

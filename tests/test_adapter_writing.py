@@ -17,9 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_lora_loaders import pipeline
 
-from wan.adapter_layouts import read_any, write_layout
+from wan.adapter_layouts import read_any
 from wan.adapter_names import Layout, diffusers_name
 from wan.adapter_values import Factors
+from wan.adapter_writing import write_layout
 from wan.checkpoints import ModelError
 from wan.lora import adapter_layers
 from wan.safetensors_writer import file_hashes

@@ -223,13 +223,22 @@ def test_an_alpha_that_means_nothing_is_refused(tmp_path: Path, alpha: float, me
         read_adapter(path)
 
 
-def test_a_file_with_half_a_pair_mixed_ranks_integers_or_nothing_is_refused(tmp_path: Path) -> None:
+def test_a_file_of_mixed_ranks_is_read_with_its_largest(tmp_path: Path) -> None:
+    whole = to_comfy(random_state(1), 1.0, RANK, torch.float32)
+    a, b = f"{OFFICIAL_Q}.lora_A.weight", f"{OFFICIAL_Q}.lora_B.weight"
+    path = tmp_path / "mixed.safetensors"
+    save_file(whole | {a: torch.ones(2, WIDTH), b: torch.ones(WIDTH, 2)}, path)
+    state, rank, _ = read_adapter(path)
+    assert rank == RANK
+    assert state[f"{Q}.lora_A.weight"].shape == (2, WIDTH)
+
+
+def test_a_file_with_half_a_pair_integers_or_nothing_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
     whole = to_comfy(random_state(1), 1.0, RANK, torch.float32)
     a, b = f"{OFFICIAL_Q}.lora_A.weight", f"{OFFICIAL_Q}.lora_B.weight"
     for tensors, message in (
         (without_key(whole, b), "odd.safetensors needs both"),
-        (whole | {a: torch.ones(2, WIDTH), b: torch.ones(WIDTH, 2)}, r"mixes the ranks \[2, 4\]"),
         (whole | {a: torch.ones(RANK, WIDTH, dtype=torch.int32)}, "holds torch.int32"),
         ({}, "empty"),
     ):

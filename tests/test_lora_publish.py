@@ -80,7 +80,7 @@ def samples() -> dict[str, bytes]:
     plan = PreviewPlan(shots, SampleSettings(1, 1.0, Guidance(1.0, 1.0), 5, 16, 16), "", 1)
     videos = [np.full((3, 16, 16, 3), light, np.uint8) for light in (0, 200)]
     with TemporaryDirectory() as folder:
-        save_samples(Path(folder), plan, videos, videos, 8)
+        save_samples(Path(folder), plan, videos, videos, 8, {})
         return contents(Path(folder))
 
 
@@ -164,7 +164,23 @@ def test_strengths_go_everywhere(tmp_path: Path) -> None:
     assert '"strength_model": 0.8' in (tmp_path / "out" / "fox_comfyui_api.json").read_text()
     for wrong in ("single=1", "high=much", "0.8", "high=nan", "low=101"):
         with pytest.raises(ConfigError, match=re.escape(f"--strength {wrong}")):
-            read_strengths([wrong], read_run(run))
+            read_strengths([wrong], read_run(run), {})
+
+
+def test_without_a_word_the_strengths_are_those_of_the_sweep_of_these_files(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    strengths = run / "evaluation" / "step_000000010" / "sweep" / "strengths.json"
+    strengths.parent.mkdir(parents=True)
+    hashes = {e: file_hashes(run / f"fox_{e}_noise.safetensors").sha256 for e in ("high", "low")}
+    found = {"adapters": {expert: {"sha256": digest} for expert, digest in hashes.items()}}
+    strengths.write_text(json.dumps(found | {"recommended": {"high": 0.6, "low": 1.2}}))
+    assert '(["high", "low"], [0.6, 1.2])' in card_of(tmp_path / "out", run)
+    form = json.loads((tmp_path / "out" / "civitai.json").read_text())
+    assert [version["recommended_strength"] for version in form["versions"]] == [0.6, 1.2]
+    assert '"strength_model": 1.2' in (tmp_path / "out" / "fox_comfyui_api.json").read_text()
+    assert "[0.8, 1.2])" in card_of(tmp_path / "out", run, "--strength", "high=0.8")
+    strengths.write_text(json.dumps(found | {"adapters": {}, "recommended": {"high": 0.6}}))
+    assert "[1.0, 1.0])" in card_of(tmp_path / "out", run)
 
 
 def test_the_form_of_civitai(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`info`, `convert` and `export` of tools.lora: what a file is, and the same in another layout.
+"""`info` and `convert` of tools.lora: what a file is, and the same in another layout.
 
 One expert's file is in memory at a time.
 """
@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from omegaconf import OmegaConf
-from yaml import YAMLError
+from safetensors import safe_open
 
-from wan.adapter_layouts import PEFT_WEIGHTS, AdapterFile, pair_of, read_any, write_layout
+from wan.adapter_layouts import PEFT_WEIGHTS, AdapterFile, pair_of, read_any
 from wan.adapter_names import Layout, block_linear
 from wan.adapter_values import Factors
+from wan.adapter_writing import write_layout
 from wan.checkpoints import ModelError
+from wan.loader_rules import LOADERS, Feature, verdict
 from wan.lora_format import SUFFIX_OF_EXPERT, checked_name, exported_file
 from wan.lora_metadata import OURS
 from wan.recognise import expert_by_name
@@ -25,12 +26,20 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GROUPS = {"modelspec.": "ModelSpec", "ss_": "training, as kohya writes it", OURS: "wan-lora"}
 LONGEST = 100  # letters of a value of the metadata that are shown
 
+NOT_PLAIN: tuple[
+    tuple[str, Feature], ...
+] = (  # the end of a tensor's name, what it makes of a file
+    (".dora_scale", "dora_scale"),
+    (".hada_w1_a", "loha"),
+    (".lokr_w2_a", "lokr_factored"),
+)
+
 # Who passes over an adapter on linears outside the blocks (lora_formats.md sections 2.A and 2.F).
 SKIP_OUTSIDE = "InvokeAI skips them, WanVideoWrapper skips the head, diffusers < 0.34 fails"
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `info`, `convert` and `export` to tools.lora."""
+    """Add `info` and `convert` to tools.lora."""
     info = subparsers.add_parser("info", help="what a file is and what it says about itself")
     info.add_argument("files", nargs="+", type=Path, metavar="FILE")
     info.add_argument("--pair", action="store_true", help="also the other expert's file of each")
@@ -53,40 +62,21 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_alpha(converting)
     converting.set_defaults(run=convert)
 
-    exporting = subparsers.add_parser("export", help="the files of a run, in any layout")
-    exporting.add_argument("folder", type=Path, metavar="RUN", help="outputs/NAME")
-    exporting.add_argument("--step", type=int, help="of a checkpoint; the finished run by default")
-    exporting.add_argument("--layout", choices=get_args(Layout), default="comfy")
-    exporting.add_argument("--dtype", choices=DTYPES, help="that of the run's files by default")
-    exporting.add_argument("--out", required=True, type=Path, metavar="DIR")
-    exporting.set_defaults(run=export)
-
 
 def show(args: argparse.Namespace) -> None:
     """Print what each file is."""
     for number, path in enumerate(_with_pairs(args.files, args.pair)):
-        print(("\n" if number else "") + "\n".join(description(read_any(path, args.alpha))))
+        lines = description(read_any(path, args.alpha, with_dora=True))
+        print(("\n" if number else "") + "\n".join(lines))
 
 
 def convert(args: argparse.Namespace) -> None:
     """Write each file in another layout and say how to load it."""
-    files = (read_any(path, args.alpha) for path in _with_pairs(args.files, args.pair))
-    _write_all(files, args, args.outside_blocks)
-
-
-def export(args: argparse.Namespace) -> None:
-    """Write the files of a run, finished or after a step, and say how to load them."""
-    files = (read_any(path) for path in run_files(args.folder, args.step))
-    _write_all(files, args, outside_blocks=False)
-
-
-def _write_all(
-    files: Iterator[AdapterFile], args: argparse.Namespace, outside_blocks: bool
-) -> None:
     dtype = DTYPES[args.dtype] if args.dtype else None
     written, base_model = [], ""
-    for file in files:
-        written.append(convert_file(file, args.out, args.layout, dtype, outside_blocks))
+    for path in _with_pairs(args.files, args.pair):
+        file = read_any(path, args.alpha, with_dora=True)
+        written.append(convert_file(file, args.out, args.layout, dtype, args.outside_blocks))
         base_model = file.metadata.get("ss_base_model_version", "")
     print("\n".join(how_to_load(written, args.layout, base_model)))
 
@@ -107,41 +97,23 @@ def convert_file(
         )
     name, expert = _name(file.path), expert_by_name(file.path) or "single"
     name += "" if expert_by_name(Path(name)) else SUFFIX_OF_EXPERT[expert]
-    target = folder / name / PEFT_WEIGHTS if layout == "peft" else folder / f"{name}.safetensors"
-    if target.exists():
-        raise ModelError(f"{target} exists; choose another folder with --out")
+    target = new_file(folder, name, layout)
     kinds = _dtypes(file.modules)
     kept = kinds.pop() if len(kinds) == 1 else torch.float32  # bf16 and fp16 hold not each other's
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_layout(target, file.modules, layout, dtype or kept, file.metadata)
+        write_layout(target, file.modules, layout, dtype or kept, file.metadata, file.dora)
     except OSError as error:
         raise ModelError(f"{target} cannot be written ({error.strerror or error})") from None
     return target
 
 
-def run_files(folder: Path, step: int | None) -> list[Path]:
-    """The adapter files of a run, high first; `ModelError` if it has none (after that step)."""
-    try:
-        name = OmegaConf.select(OmegaConf.load(folder / "config.yaml"), "name")
-    except (OSError, YAMLError) as error:
-        name, found = None, str(error)
-    else:
-        found = "its config.yaml has no name"
-    if not isinstance(name, str):
-        raise ModelError(f"{folder} is not the folder of a run, outputs/NAME ({found})")
-    checkpoints = folder / "checkpoints"
-    stem = checkpoints / f"{name}_{step:09d}" if step is not None else folder / name
-    files = [stem.with_name(f"{stem.name}{end}.safetensors") for end in SUFFIX_OF_EXPERT.values()]
-    found = [file for file in files if file.is_file()]
-    if not found:
-        steps = sorted(_steps(checkpoints, name))
-        known = f"there are checkpoints after --step {', '.join(map(str, steps))}"
-        raise ModelError(
-            f"{folder} has no {files[0].relative_to(folder)}; "
-            + (known if steps else "the run has written no adapter yet")
-        )
-    return found
+def new_file(folder: Path, name: str, layout: Layout) -> Path:
+    """Where an adapter goes, of PEFT into a folder; `ModelError` if something is there already."""
+    target = folder / name / PEFT_WEIGHTS if layout == "peft" else folder / f"{name}.safetensors"
+    if target.exists():
+        raise ModelError(f"{target} exists; choose another folder with --out")
+    return target
 
 
 def description(file: AdapterFile) -> list[str]:
@@ -152,8 +124,10 @@ def description(file: AdapterFile) -> list[str]:
     scales = Counter(f"{factors.scale:g}" for factors in file.modules.values())
     blocks = {place[0] for module in file.modules if (place := block_linear(module))}
     dtypes = sorted(str(kind).removeprefix("torch.") for kind in _dtypes(file.modules))
+    kind = "DoRA: every row of the weights has a scale of its own" if file.dora else "LoRA"
     lines = [
         f"{file.path}",
+        f"  kind       {kind}",
         f"  layout     {file.layout}",
         f"  expert     {expert}",
         f"  modules    {len(file.modules)} in {len(blocks)} blocks",
@@ -182,7 +156,9 @@ def how_to_load(files: Sequence[Path], layout: Layout, base_model: str) -> list[
         ]
     if layout in ("comfy", "kohya"):
         lines.append("ComfyUI    into models/loras; one LoraLoaderModelOnly for each expert")
-    if layout == "official":
+    if readers := _readers_of_others(files[0]):
+        lines.append(f"this is no plain LoRA: read by {', '.join(readers)} alone")
+    elif layout == "official":
         lines.append("read by WanVideoWrapper, DiffSynth-Studio, LightX2V and Wan2GP alone")
     else:
         for file in files:
@@ -192,6 +168,16 @@ def how_to_load(files: Sequence[Path], layout: Layout, base_model: str) -> list[
         two = "; upload high and low as two versions of one model" if len(files) > 1 else ""
         lines.append(f"CivitAI    base model {base_model!r}{two}")
     return lines
+
+
+def _readers_of_others(path: Path) -> list[str]:
+    """The programs that apply a DoRA, LoHa or LoKr as it was trained; none for a plain LoRA."""
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+    found: list[Feature] = [kind for end, kind in NOT_PLAIN if any(n.endswith(end) for n in names)]
+    held: list[Feature] = ["comfy", *found]
+    takes = [loader.name for loader in LOADERS if verdict(loader, frozenset(held))[0] == "yes"]
+    return takes if found else []
 
 
 def _name(path: Path) -> str:
@@ -254,8 +240,3 @@ def _entry(name: str, value: str) -> str:
     shown = value if len(value) <= LONGEST else f"{value[:LONGEST]}… ({len(value):,} letters)"
     plain = "".join(letter if letter.isprintable() else "·" for letter in f"{name}  {shown}")
     return f"    {plain}"
-
-
-def _steps(checkpoints: Path, name: str) -> set[int]:
-    digits = (file.name.removeprefix(f"{name}_")[:9] for file in checkpoints.glob(f"{name}_*"))
-    return {int(text) for text in digits if text.isdigit()}

@@ -14,7 +14,7 @@ from tools.civitai_form import civitai_form
 from tools.comfy_check import problems
 from tools.comfy_graph import editor_format, server_format
 from tools.comfy_workflow import TRANSFORMERS, Scene, make_workflow
-from tools.finished_run import FinishedRun, read_run
+from tools.finished_run import FinishedRun, read_run, recommended_strengths
 from tools.model_card import model_card
 from train.rules import ConfigError
 from wan.variants import Expert
@@ -32,7 +32,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         action="append",
         default=[],
         metavar="EXPERT=NUMBER",
-        help="recommended strength of an expert's adapter, such as high=0.8; 1 if not given",
+        help="recommended strength of an expert's adapter, such as high=0.8; if not given, what "
+        "tools.evaluate --sweep recommends, or 1",
     )
     parser.set_defaults(run=run_command)
 
@@ -40,8 +41,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run_command(args: argparse.Namespace) -> None:
     """Publish a run as the command line says, and list what was written."""
     run = read_run(args.folder)
-    written = publish(run, args.out or args.folder / "publish", read_strengths(args.strength, run))
+    hashes: dict[Expert, str] = {e: found.hashes.sha256 for e, found in run.adapters.items()}
+    swept = recommended_strengths(args.folder, hashes)
+    strengths = read_strengths(args.strength, run, swept)
+    written = publish(run, args.out or args.folder / "publish", strengths)
     print("\n".join(map(str, written)))
+    if swept:
+        told = ", ".join(f"{expert} {strength:g}" for expert, strength in swept.items())
+        print(f"strengths that the sweep of these files recommends: {told}")
     print(f"CivitAI: base model {run.facts.base_model!r}, one version for each adapter")
     if run.facts.name not in TRANSFORMERS:
         print(f"no workflow: ComfyUI does not know {run.facts.title}")
@@ -49,9 +56,11 @@ def run_command(args: argparse.Namespace) -> None:
         print("no samples: the run has rendered no previews")
 
 
-def read_strengths(given: list[str], run: FinishedRun) -> dict[Expert, float]:
-    """The strength of each adapter of the run, 1 where none is given; `ConfigError` if odd."""
-    strengths: dict[Expert, float] = dict.fromkeys(run.adapters, 1.0)
+def read_strengths(
+    given: list[str], run: FinishedRun, swept: Mapping[Expert, float]
+) -> dict[Expert, float]:
+    """The strength of each adapter: as given, else as `swept`, else 1; `ConfigError` if odd."""
+    strengths: dict[Expert, float] = {e: swept.get(e, 1.0) for e in run.adapters}
     expert_of: dict[str, Expert] = {str(expert): expert for expert in run.adapters}
     for text in given:
         name, _, number = text.partition("=")

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from wan.adapter_contents import Contents, Module, read_contents
-from wan.adapter_layouts import DIFFUSERS_CONFIG, MOST_ALPHA
+from wan.adapter_layouts import DIFFUSERS_CONFIG
 from wan.adapter_shapes import Fit, best_fit, is_for_images, split_block
+from wan.adapter_values import MOST_ALPHA
 from wan.loader_rules import LOADERS, Feature, Outcome, verdict
 from wan.lora import BLOCK_LINEARS
 from wan.lora_format import FORBIDDEN_WORDS
@@ -248,6 +249,9 @@ def _name_findings(
     variants = fit.variants if fit else ()
     if variants and "high" in variants[0].experts and not (by_metadata or by_name):
         text = "neither name nor metadata say which expert it is for: high or low noise"
+        yield Finding("warning", text)
+    if by_name and all(facts.experts == ("single",) for facts in variants) and variants:
+        text = f"InvokeAI reads {by_name} in its name, but {variants[0].title} has one transformer"
         yield Finding("warning", text)
     told = contents.metadata.get(f"{OURS}variant")
     if told in VARIANTS and fit and VARIANTS[told] not in variants:

@@ -1,4 +1,4 @@
-"""Adapter files as every tool writes them: read any, write those that loaders expect.
+"""Adapter files as every tool writes them, read; `wan.adapter_writing` writes them.
 
     comfy      diffusion_model.<official>.lora_A.weight       scale in B, no alpha
     kohya      lora_unet_<official with _>.lora_down.weight   alpha = rank, every linear of a block
@@ -14,35 +14,37 @@ import logging
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wan.adapter_names import Layout, block_linear, diffusers_name, read_stem, stem_of
-from wan.adapter_values import Factors, check_factors, check_growth, written_factors
+from wan.adapter_names import Layout, diffusers_name, read_stem, stem_of
+from wan.adapter_products import HADA, LOKR, product_factors
+from wan.adapter_values import Factors, check_factors, checked_alpha
 from wan.headers import ModelError
-from wan.lora import BLOCK_LINEARS
 from wan.lora_metadata import OURS
-from wan.safetensors_writer import data_sha256, legacy_hash, write_safetensors
-from wan.variants import VARIANTS, Expert
+from wan.safetensors_writer import data_sha256
+from wan.variants import Expert
 
 log = logging.getLogger(__name__)
 
+DORA = "dora_scale"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_CONFIG = "lora_adapter_metadata"  # an entry of the header: a LoraConfig as JSON
 CONFIGS = (DIFFUSERS_CONFIG, "lora_config")  # finetrainers' entry, which nothing else reads
-SCALE_IN_B: tuple[Layout, ...] = ("comfy", "kohya", "diffusers", "official")
 
-MOST_ALPHA = 1e6  # section 6.4: diffusers hangs on a negative one
-
-Part = Literal["a", "b", "alpha"]
-_PARTS: dict[str, Part] = {"A": "a", "down": "a", "B": "b", "up": "b"}
-_TENSOR = re.compile(r"(.+)\.(?:lora_(A|B|down|up)(?:\.default)?(?:\.weight)?|alpha)")
+_PARTS = {
+    "A": "a",
+    "down": "a",
+    "B": "b",
+    "up": "b",
+}  # or "alpha", "dora_scale", "lokr_w1" …
+_TENSOR = re.compile(
+    r"(.+)\.(?:lora_(A|B|down|up)(?:\.default)?(?:\.weight)?|(alpha|dora_scale|(?:hada|lokr)_\w+))"
+)
 
 # What a name that is no plain LoRA's tells: the first that is found in it.
 _OF_AN_ADAPTER = re.compile(r"lora|lokr|hada|dora|oft|diff|alpha")
@@ -56,8 +58,11 @@ _WHY_NOT = (
         r"patch_embedding",
         "diffusers refuses an adapter on it and WanVideoWrapper takes the file for a Control-LoRA",
     ),
-    (r"dora_scale|lora_magnitude_vector", "this is DoRA, which is not read as a plain LoRA"),
-    (r"lokr_|hada_|lora_mid", "this is LoKr, LoHa or LoCon, which is no product B @ A"),
+    (
+        r"lora_magnitude_vector",
+        "this is a DoRA as PEFT keeps it, of which only diffusers knows",
+    ),
+    (r"lora_mid", "this is LoCon, which is no product B @ A"),
     (
         r"\.(diff(_b|_m)?|set_weight|reshape_weight)$",
         "this is a change of whole weights beside the LoRA, which would be lost",
@@ -73,14 +78,17 @@ class AdapterFile:
     layout: Layout
     modules: dict[str, Factors]  # by official name: "blocks.0.self_attn.q"
     metadata: dict[str, str]
+    dora: dict[str, Tensor] = field(default_factory=dict)  # dora_scale (out, 1), by module
 
 
-def read_any(path: Path, alpha: float | None = None) -> AdapterFile:
+def read_any(path: Path, alpha: float | None = None, with_dora: bool = False) -> AdapterFile:
     """The adapter in a file of any layout, or in a folder that PEFT saved. Tensors stay on disk.
 
+    LoHa and LoKr come as the plain LoRA that they equal, in fp32 and of a larger rank.
     The scale is alpha / rank (alpha / sqrt(rank) of a configuration with use_rslora), 1 without an
     alpha. `alpha` is for PEFT's files alone, whose adapter_config.json is lost. `ModelError` names
-    the file and its tensor if it is missing, broken, damaged, of two layouts or no plain LoRA.
+    the file and its tensor if it is missing, broken, damaged, of two layouts, no plain LoRA, or a
+    DoRA that was not asked for: its factors alone are not what it does.
     """
     path = path / PEFT_WEIGHTS if path.is_dir() else path
     tensors, metadata = read_tensors(path)
@@ -88,7 +96,14 @@ def read_any(path: Path, alpha: float | None = None) -> AdapterFile:
         layout, parts = _sorted_by_module(tensors)
         if layout == "kohya":
             parts = {name: found for name, found in parts.items() if not _fills_up(found)} or parts
+        dora = {name: found.pop(DORA) for name, found in parts.items() if DORA in found}
+        if dora and not with_dora:
+            raise ModelError(
+                "holds a DoRA, which is no plain LoRA, and its factors alone are not what it does; "
+                "info and check read it, convert writes it in layout comfy"
+            )
         modules = _with_scales(parts, layout, _config(path, layout, metadata, alpha))
+        _check_dora(dora, modules)
     except ModelError as error:
         raise ModelError(f"{path} {error}") from None
     try:
@@ -105,7 +120,7 @@ def read_any(path: Path, alpha: float | None = None) -> AdapterFile:
             path,
             DIFFUSERS_CONFIG,
         )
-    return AdapterFile(path, layout, modules, metadata)
+    return AdapterFile(path, layout, modules, metadata, dora)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -118,51 +133,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ModelError(f"{path} is missing; expected an adapter's .safetensors file") from None
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not a whole safetensors file ({error})") from None
-
-
-def write_layout(
-    path: Path,
-    modules: Mapping[str, Factors],
-    layout: Layout,
-    dtype: torch.dtype,
-    metadata: Mapping[str, str],
-) -> None:
-    """Write an adapter as loaders of `layout` expect it; the same bytes in each process.
-
-    PEFT keeps alpha in adapter_config.json, which is written beside `path`; elsewhere the scale is
-    in B. Hashes, rank and alpha among `metadata` are made right. `ModelError`, and nothing is
-    written, if a layout or the dtype cannot hold the adapter.
-    """
-    if not modules:
-        raise ModelError(f"{path} would be empty: the adapter has no modules")
-    rank = max(factors.rank for factors in modules.values())
-    scales = {factors.scale for factors in modules.values()}
-    fold = layout in SCALE_IN_B or len(scales) > 1
-    alpha = float(rank if fold else scales.pop() * rank)
-    written = written_factors(modules, rank, dtype, fold)
-    if layout == "kohya":
-        written = _whole_blocks(written, rank, dtype)
-    tensors = named_tensors(written, layout)
-    if layout == "peft" and path.name != PEFT_WEIGHTS:
-        raise ModelError(f"{path}: PEFT reads no file but {PEFT_WEIGHTS}; name it so")
-    write_safetensors(path, tensors, _entries(tensors, rank, alpha, metadata))
-    if layout == "peft":
-        _write_peft_config(path.with_name(PEFT_CONFIG), written, rank, alpha)
-
-
-def named_tensors(
-    written: Mapping[str, tuple[Tensor, Tensor]], layout: Layout
-) -> dict[str, Tensor]:
-    """The tensors of a file, from those of `written_factors`."""
-    factors = ("lora_down", "lora_up") if layout == "kohya" else ("lora_A", "lora_B")
-    tensors: dict[str, Tensor] = {}
-    for module, pair in written.items():
-        stem = stem_of(module, layout)
-        for factor, tensor in zip(factors, pair, strict=True):
-            tensors[f"{stem}.{factor}.weight"] = tensor
-        if layout == "kohya":  # diffusers and musubi fail without it
-            tensors[f"{stem}.alpha"] = torch.tensor(float(pair[0].shape[0]))
-    return tensors
 
 
 def pair_of(path: Path) -> dict[Expert, Path]:
@@ -195,10 +165,10 @@ def pair_of(path: Path) -> dict[Expert, Path]:
 
 def _sorted_by_module(
     tensors: Mapping[str, Tensor],
-) -> tuple[Layout, dict[str, dict[Part, Tensor]]]:
+) -> tuple[Layout, dict[str, dict[str, Tensor]]]:
     """The file's one layout, and the tensors of each module by what they are."""
     layout: Layout | None = None
-    parts: dict[str, dict[Part, Tensor]] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         found = _TENSOR.fullmatch(name)
         stem = read_stem(found[1]) if found else None
@@ -210,7 +180,7 @@ def _sorted_by_module(
                 "expected one layout in a file"
             )
         layout = stem[0]
-        part = _PARTS.get(found[2], "alpha")
+        part = found[3] or _PARTS[found[2]]
         if parts.setdefault(stem[1], {}).setdefault(part, tensor) is not tensor:
             raise ModelError(f"has a tensor named {name!r} beside another that means the same")
     if layout is None:
@@ -233,42 +203,53 @@ def _why_not(name: str) -> str:
     )
 
 
-def _fills_up(parts: Mapping[Part, Tensor]) -> bool:
+def _fills_up(parts: Mapping[str, Tensor]) -> bool:
     """Whether a module is there only because diffusers wants all ten of a block in this layout."""
     return {"a", "b"} <= parts.keys() and not parts["a"].any() and not parts["b"].any()
 
 
 def _with_scales(
-    parts: Mapping[str, Mapping[Part, Tensor]],
+    parts: Mapping[str, Mapping[str, Tensor]],
     layout: Layout,
     config: Mapping[str, object] | None,
 ) -> dict[str, Factors]:
     """Each module's factors; the scale is told by an alpha, a configuration, or is 1."""
     modules: dict[str, Factors] = {}
     for module, found in parts.items():
+        stem = stem_of(module, layout)
+        alpha = _alpha(found, stem)
+        if found.keys() & {*HADA, *LOKR, "lokr_w2"} and config is None:
+            modules[module] = product_factors(found, stem, alpha)
+            continue
         if "a" not in found or "b" not in found:
             raise ModelError(
-                f"needs both lora_A and lora_B (or lora_down and lora_up) of "
-                f"{stem_of(module, layout)}; one is missing: take a whole file"
+                f"needs both lora_A and lora_B (or lora_down and lora_up) of {stem}; one is "
+                "missing: take a whole file"
             )
         rank, scale = found["a"].shape[0] if found["a"].ndim else 0, 1.0
-        if "alpha" in found and rank:
-            scale = _checked_alpha(_number(found["alpha"]), f"{stem_of(module, layout)}.alpha")
-            scale /= rank
+        if alpha is not None and rank:
+            scale = alpha / rank
         elif config is not None and rank:
             scale = _configured_scale(config, diffusers_name(module), rank)
         modules[module] = Factors(found["a"], found["b"], scale)
     return modules
 
 
-def _number(tensor: Tensor) -> object:
-    return tensor.item() if tensor.numel() == 1 else list(tensor.shape)
+def _check_dora(dora: Mapping[str, Tensor], modules: Mapping[str, Factors]) -> None:
+    for module, scale in dora.items():
+        expected = (modules[module].b.shape[0], 1)
+        if scale.shape != expected or not scale.is_floating_point():
+            raise ModelError(
+                f"has at {module} a {DORA} of {tuple(scale.shape)} in {scale.dtype}; expected "
+                f"{expected} numbers, one for each row"
+            )
 
 
-def _checked_alpha(alpha: object, name: str) -> float:
-    if not isinstance(alpha, int | float) or not 0 < alpha <= MOST_ALPHA:
-        raise ModelError(f"says {name} is {alpha}; expected a number above 0, up to {MOST_ALPHA:g}")
-    return float(alpha)
+def _alpha(found: Mapping[str, Tensor], stem: str) -> float | None:
+    if (tensor := found.get("alpha")) is None:
+        return None
+    number = tensor.item() if tensor.numel() == 1 else list(tensor.shape)
+    return checked_alpha(number, f"{stem}.alpha")
 
 
 def _config(
@@ -318,79 +299,4 @@ def _configured_scale(config: Mapping[str, object], module: str, rank: int) -> f
             raise ModelError(f"has {name!r} as an alpha_pattern; expected names of modules")
         alpha = value if f".{module}".endswith(f".{name}") else alpha
     root = math.sqrt(rank) if config.get("use_rslora") else rank
-    return _checked_alpha(alpha, "lora_alpha") / root
-
-
-# Writing
-
-
-def _entries(
-    tensors: Mapping[str, Tensor], rank: int, alpha: float, metadata: Mapping[str, str]
-) -> dict[str, str]:
-    """`metadata` as it holds for these tensors."""
-    digest = data_sha256(tensors)
-    entries = {name: value for name, value in metadata.items() if name not in CONFIGS}
-    if "ss_network_dim" in entries:
-        entries |= {"ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
-    entries |= {
-        "format": "pt",
-        "modelspec.hash_sha256": f"0x{digest}",
-        "sshs_model_hash": digest,
-    }
-    return entries | {"sshs_legacy_hash": legacy_hash(tensors, entries)}
-
-
-def _whole_blocks(
-    written: Mapping[str, tuple[Tensor, Tensor]], rank: int, dtype: torch.dtype
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """All ten linears of all blocks, zeros where nothing is: diffusers wants them in kohya's."""
-    places = {module: block_linear(module) for module in written}
-    if outside := [module for module, place in places.items() if place is None]:
-        raise ModelError(
-            f"the adapter has weights for {outside[0]}, which diffusers cannot read in layout "
-            "kohya; expected the linears of blocks only, or another layout"
-        )
-    seen = {place: written[module] for module, place in places.items() if place}
-    widths = {linear: (b.shape[0], a.shape[1]) for (_, linear), (a, b) in seen.items()}
-    dim = next(out if linear == "ffn.2" else wide for linear, (out, wide) in widths.items())
-    facts = next((v.transformer for v in VARIANTS.values() if v.transformer.dim == dim), None)
-    ffn = widths["ffn.0"][0] if "ffn.0" in widths else widths.get("ffn.2", (0, 0))[1]
-    ffn = ffn or (facts.ffn_dim if facts else 0)
-    if not ffn:
-        raise ModelError(
-            f"no model of width {dim} is known, so the missing ffn of its blocks cannot be filled "
-            "up with zeros, as layout kohya needs; expected another layout"
-        )
-    widths = dict.fromkeys(BLOCK_LINEARS.values(), (dim, dim))
-    widths |= {"ffn.0": (ffn, dim), "ffn.2": (dim, ffn)}
-    layers, last = facts.layers if facts else 0, max(block for block, _ in seen)
-    if facts is None:
-        layers = last + 1
-        growth = layers * rank * sum(out + wide for out, wide in widths.values())
-        check_growth((Factors(a, b, 1.0) for a, b in seen.values()), growth)
-    elif last >= layers:
-        raise ModelError(
-            f"the adapter has a block {last}; models of its width, {dim}, have {layers} blocks"
-        )
-    return {
-        f"blocks.{block}.{linear}": seen.get((block, linear))
-        or (torch.zeros(rank, wide, dtype=dtype), torch.zeros(out, rank, dtype=dtype))
-        for block in range(layers)
-        for linear, (out, wide) in widths.items()
-    }
-
-
-def _write_peft_config(
-    path: Path, written: Mapping[str, tuple[Tensor, Tensor]], rank: int, alpha: float
-) -> None:
-    config = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "inference_mode": True,
-        "target_modules": sorted(diffusers_name(module) for module in written),
-    }
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return checked_alpha(alpha, "lora_alpha") / root

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+MOST_ALPHA = 1e6  # section 6.4: diffusers hangs on a negative one
 MOST_GROWTH = 100  # times the file: zeros that a few bytes of a hostile file could ask for
 
 FP16_MAX = 65504.0
@@ -70,6 +71,13 @@ def check_growth(modules: Iterable[Factors], values: int) -> None:
             f"the adapter's {stored:,} values would become {values:,}, nearly all zeros: its ranks "
             "or blocks are too different to be filled up to one shape"
         )
+
+
+def checked_alpha(alpha: object, name: str) -> float:
+    """An alpha as a file gives it; `ModelError` for one that no loader can take."""
+    if not isinstance(alpha, int | float) or not 0 < alpha <= MOST_ALPHA:
+        raise ModelError(f"says {name} is {alpha}; expected a number above 0, up to {MOST_ALPHA:g}")
+    return float(alpha)
 
 
 def written_factors(

@@ -245,9 +245,9 @@ _SD_CPP = (
     ),
     Rule(("kohya", "outside_blocks"), "partly", "kohya keys of blocks only"),
     *_each(
-        ("diff_m", "magnitude", "set_weight"),
+        ("diff_m", "dora_scale", "magnitude", "set_weight"),
         "partly",
-        "does not know .diff_m, magnitudes or .set_weight",
+        "does not know .diff_m, the scales of a DoRA or .set_weight",
     ),
 )
 

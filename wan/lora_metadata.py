@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 
+from wan.adapter_kinds import Kind
 from wan.checkpoints import ModelError
 from wan.flow import expert_range
 from wan.variants import TRAIN_TIMESTEPS, Expert, Variant
@@ -49,7 +50,8 @@ class AdapterInfo:
     date: str
     started: str = ""
     trigger: str = ""
-    heldout_loss: float | None = None
+    heldout_loss: float | None = None  # the last that was measured
+    best_heldout_loss: float | None = None  # the lowest of the training so far
     dropout: float = 0.0
     max_steps: int | None = None  # planned steps, if training ended before or goes on after `steps`
     epoch: int | None = None
@@ -60,6 +62,7 @@ class AdapterInfo:
     accumulation: int = 1
     max_grad_norm: float | None = None
     weights: str = "live"  # or "ema"
+    kind: Kind = "lora"
     base_model_id: str = ""  # of a hub, never a folder
     git_commit: str = ""
     author: str = ""
@@ -83,9 +86,12 @@ class AdapterInfo:
             )
 
 
-def metadata(info: AdapterInfo, data_sha256: str) -> dict[str, str]:
-    """All entries of an adapter's file but `sshs_legacy_hash`, which needs the file's bytes."""
-    entries = _modelspec(info) | _kohya(info) | _own(info)
+def metadata(info: AdapterInfo, data_sha256: str, rank: int | None = None) -> dict[str, str]:
+    """All entries of an adapter's file but `sshs_legacy_hash`, which needs the file's bytes.
+
+    `rank` is that of the file, if it is not that of training: the largest of all linears.
+    """
+    entries = _modelspec(info) | _kohya(info, rank or info.rank) | _own(info)
     entries = {key: value for key, value in entries.items() if value}
     return entries | {
         "format": "pt",
@@ -118,14 +124,14 @@ def _modelspec(info: AdapterInfo) -> dict[str, str]:
     }
 
 
-def _kohya(info: AdapterInfo) -> dict[str, str]:
+def _kohya(info: AdapterInfo, rank: int) -> dict[str, str]:
     width, height = map(int, info.resolution.split("x"))
     items = info.num_items
     return {
         "ss_base_model_version": info.variant.base_model,
         "ss_network_module": "wan.lora",
-        "ss_network_dim": str(info.rank),
-        "ss_network_alpha": str(info.rank),  # the effective one: alpha / rank is folded into B
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank),  # the effective one: the scale is folded into B
         "ss_network_args": json.dumps({"targets": info.targets, "dropout": info.dropout}),
         "ss_output_name": info.title,
         "ss_session_id": info.pair_id,
@@ -165,9 +171,11 @@ def _own(info: AdapterInfo) -> dict[str, str]:
         "timestep_law": info.timestep_law,
         "original_alpha": str(info.alpha),
         "original_rank": str(info.rank),
-        "rslora": "false",
+        "kind": info.kind,
+        "rslora": str(info.kind == "rslora").lower(),
         "weights": info.weights,
         "heldout_loss": _optional(info.heldout_loss),
+        "best_heldout_loss": _optional(info.best_heldout_loss),
         "config_sha256": info.config_sha256,
         "git_commit": info.git_commit,
         "base_model_id": info.base_model_id,

@@ -15,7 +15,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 READ_SIZE = 1 << 20
 
@@ -34,8 +45,8 @@ def write_safetensors(
 ) -> None:
     """Write a safetensors file, the same bytes in each process, whole or not at all.
 
-    Tensors must be contiguous, on the CPU, fp32, fp16 or bf16. The file is read back and compared
-    to the bit before it takes its name; `OSError` if the disk did not keep what was written.
+    Tensors must be contiguous, on the CPU and of a dtype of `DTYPE_NAMES`. The file is read back
+    and compared to the bit before it takes its name; `OSError` if the disk did not keep it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
