@@ -13,6 +13,10 @@ def settings(schedule: str = "constant", warmup: int = 4) -> OptimConfig:
     return OptimConfig(learning_rate=1.0, schedule=schedule, warmup_steps=warmup)
 
 
+def named(parameter: nn.Parameter) -> dict[str, nn.Parameter]:
+    return {"lora_A.weight": parameter}
+
+
 def rates(optim: OptimConfig, steps: int, peak: float) -> list[float]:
     return [learning_rate_at(step, steps, optim, peak) for step in range(steps)]
 
@@ -51,7 +55,7 @@ def test_the_rate_counts_from_the_next_step_for_all_parameters() -> None:
 
 def test_the_optimizer_is_the_configured_one_with_its_arguments() -> None:
     optim = OptimConfig(name="torch.optim.SGD", args={"momentum": 0.5})
-    optimizer = make_optimizer([nn.Parameter(torch.zeros(2))], optim, 0.125)
+    optimizer = make_optimizer(named(nn.Parameter(torch.zeros(2))), optim, 0.125)
     assert type(optimizer) is torch.optim.SGD
     assert optimizer.defaults["lr"] == 0.125
     assert optimizer.defaults["momentum"] == 0.5
@@ -59,7 +63,7 @@ def test_the_optimizer_is_the_configured_one_with_its_arguments() -> None:
 
 def test_the_default_is_adamw_that_moves_against_the_gradient() -> None:
     parameter = nn.Parameter(torch.zeros(3))
-    optimizer = make_optimizer([parameter], OptimConfig(), 0.1)
+    optimizer = make_optimizer(named(parameter), OptimConfig(), 0.1)
     assert type(optimizer) is torch.optim.AdamW
     parameter.grad = torch.tensor([1.0, -2.0, 0.0])
     optimizer.step()
@@ -93,4 +97,4 @@ def test_a_wrong_name_is_told_with_its_key(name: str, found: str) -> None:
 def test_wrong_arguments_are_told_with_their_key(args: dict[str, object], found: str) -> None:
     optim = OptimConfig(args=args)
     with pytest.raises(ConfigError, match=rf"(?s)optim\.args.*torch\.optim\.AdamW.*{found}"):
-        make_optimizer([nn.Parameter(torch.zeros(2))], optim, 1e-3)
+        make_optimizer(named(nn.Parameter(torch.zeros(2))), optim, 1e-3)
