@@ -1,6 +1,7 @@
 """What an entry of a dataset is, and what can be wrong with it: words that this room shares."""
 
 import difflib
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ KIND_OF_SUFFIX: dict[str, Kind] = {
     **dict.fromkeys((".mp4", ".mov", ".webm", ".mkv", ".gif", ".avi"), "video"),
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp"), "image"),
 }
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 LISTED_PROBLEMS = 5  # an error that lists more than a screen is not read
 
 
@@ -104,8 +106,9 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def printable(text: str) -> str:
-    """Text that can be printed and encoded, whatever bytes a file name was made of."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """Text that can be printed and encoded, and steers no terminal, whatever it was made of."""
+    encodable = text.encode("utf-8", "backslashreplace").decode()
+    return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", encodable)
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:

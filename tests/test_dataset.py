@@ -10,7 +10,7 @@ import pytest
 from data.buckets import Bucket, Clip
 from data.items import DataError
 from tests.toy_runs import config_of, make_image, make_video, planned
-from train.dataset import Clips, check_sides
+from train.dataset import Clips, check_sides, overview
 from train.rules import ConfigError
 
 MODEL = Path("embedded")  # planning reads no weights
@@ -294,6 +294,20 @@ def test_ordinary_things_are_never_held_out(tmp_path: Path, fraction: float) -> 
 def test_a_problem_of_a_mixed_dataset_is_told_with_its_key(folder: Path) -> None:
     with pytest.raises(DataError, match=r"data\.mix\.faces\.path=nowhere"):
         plan(folder, "+data.mix.faces={path: nowhere}")
+
+
+def test_the_overview_counts_shapes_and_names_what_is_left_out(folder: Path) -> None:
+    (folder / "broken.png").write_bytes(b"not an image")
+    (folder / "broken.txt").write_text("a caption that is in no file")
+    clips = plan(folder, "data.skip_bad=true", "data.heldout_fraction=0.3")
+    found = json.loads(json.dumps(overview(clips)))
+    shapes = found["train"]["shapes"].keys() | found["heldout"]["shapes"].keys()
+    assert found["train"]["clips"] == len(clips.train) == sum(found["train"]["shapes"].values())
+    assert found["heldout"]["clips"] == len(clips.heldout) > 0
+    assert shapes == {"13x32x48", "9x32x48", "1x32x48"}
+    assert [entry["name"] for entry in found["dropped"]] == ["broken.png"]
+    assert found["dropped"][0]["reason"]
+    assert found["notes"] == clips.notes
 
 
 def test_files_that_did_not_change_are_not_opened_again(folder: Path) -> None:

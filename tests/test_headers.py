@@ -16,7 +16,7 @@ from wan.headers import ModelError, read_header
 def header_of(places: dict[str, tuple[int, int]]) -> bytes:
     """The start of a safetensors file with fp32 tensors at these places."""
     entries = {
-        name: {"dtype": "F32", "shape": [(end - start) // 4], "data_offsets": [start, end]}
+        name: {"dtype": "F32", "shape": [abs(end - start) // 4], "data_offsets": [start, end]}
         for name, (start, end) in places.items()
     }
     text = json.dumps(entries).encode()

@@ -7,16 +7,19 @@ page. Sources: the formats' own specifications; `spec/wan22.md` sections 7.1, 7.
 import json
 import pickle
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 AGAIN = "download it again"
 MAX_HEADER = 100_000_000  # bytes: the limit of the safetensors library
+MOST_NAME = 500  # characters: what names a tensor stands in messages
+MOST_VALUES = 1 << 60  # of a tensor, and in a dimension: PyTorch counts in 63 bits
 PICKLES = (".bin", ".pt", ".ckpt")
 TORCH_DTYPES = {
     torch.float32: "F32",
@@ -115,7 +118,7 @@ def _check_start(file: Path, start: bytes) -> None:
 def _read_safetensors(file: Path, stream: BinaryIO, size: int) -> Header:
     length = int.from_bytes(stream.read(8), "little")
     opening = stream.read(1)
-    if opening != b"{" or length > MAX_HEADER:
+    if opening != b"{" or not 0 < length <= MAX_HEADER:
         raise ModelError(f"{file} is not a safetensors file, whatever its name says; {AGAIN}")
     if 8 + length > size:
         raise _cut_short(file, size, 8 + length)
@@ -125,11 +128,14 @@ def _read_safetensors(file: Path, stream: BinaryIO, size: int) -> Header:
         tensors, end = {}, 0
         for name, entry in entries.items():
             first, last = entry["data_offsets"]
-            tensors[name] = TensorHeader(entry["dtype"], tuple(entry["shape"]), last - first)
+            dtype, shape = entry["dtype"], tuple(entry["shape"])
+            if not isinstance(dtype, str) or not _are_counts((first, last, *shape)):
+                raise ValueError(f"{_checked_name(name)} has a dtype or numbers that are none")
+            tensors[_checked_name(name)] = TensorHeader(dtype, shape, last - first)
             end = max(end, last)
         sizes = [0, *(tensor.size for tensor in tensors.values())]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{file} has a damaged header ({error}); {AGAIN}") from None
+        raise ModelError(f"{file} has a damaged header ({str(error)[:200]!a}); {AGAIN}") from None
     if end != sum(tensor.size for tensor in tensors.values()) or min(sizes) < 0:
         raise ModelError(
             f"{file} has a damaged header (tensors that overlap or leave gaps); {AGAIN}"
@@ -139,6 +145,18 @@ def _read_safetensors(file: Path, stream: BinaryIO, size: int) -> Header:
     if needed < size:
         raise ModelError(f"{file} has {size:,} bytes, its header tells of {needed:,}; {AGAIN}")
     return Header(tensors, metadata)
+
+
+def _are_counts(numbers: Iterable[object]) -> bool:
+    """Whether all are whole numbers that a file's sizes and a tensor's shape can have."""
+    return all(type(number) is int and 0 <= number <= MOST_VALUES for number in numbers)
+
+
+def _checked_name(name: str) -> str:
+    """A tensor's name that can stand in a message; `ValueError` for any other."""
+    if len(name) > MOST_NAME or not name.isprintable():
+        raise ValueError("a tensor whose name is too long or cannot be printed")
+    return name
 
 
 def _read_pth(file: Path) -> Header:
@@ -178,13 +196,15 @@ def _read_gguf(file: Path, stream: BinaryIO, size: int) -> Header:
             raise ModelError(f"{file} is GGUF version {version}; versions 2 and 3 are read")
         metadata = dict(_gguf_entry(stream) for _ in range(entries))
         found = [_gguf_tensor(stream, metadata) for _ in range(count)]
-    except (struct.error, UnicodeDecodeError, KeyError, ValueError, OverflowError) as error:
+    except (struct.error, KeyError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(
             f"{file} has a damaged header: it is cut short, or not what its name says; {AGAIN}"
         ) from None
-    alignment = cast(int, metadata.get("general.alignment", GGUF_ALIGNMENT))
+    alignment = metadata.get("general.alignment", GGUF_ALIGNMENT)
+    if not isinstance(alignment, int) or not 0 < alignment <= size:
+        raise ModelError(f"{file} has a damaged header (it aligns to {alignment!r:.50}); {AGAIN}")
     start = -(-stream.tell() // alignment) * alignment
     tensors = {name: replace(tensor, offset=start + tensor.offset) for name, tensor in found}
     end = max((tensor.offset + tensor.size for tensor in tensors.values()), default=start)
@@ -217,16 +237,24 @@ def _gguf_value(stream: BinaryIO, kind: GGUFValueType) -> object:
 
 def _gguf_tensor(stream: BinaryIO, metadata: dict[str, object]) -> tuple[str, TensorHeader]:
     """The next tensor, its offset still that in the data; dimensions are stored in reverse."""
-    name = _gguf_text(stream)
+    name = _checked_name(_gguf_text(stream))
     dimensions = _number(stream, "<I")
     if dimensions > GGUF_MOST_DIMENSIONS:
         raise ValueError("a tensor of more dimensions than any")
     shape = struct.unpack(f"<{dimensions}Q", stream.read(8 * dimensions))[::-1]
     kind, offset = GGMLQuantizationType(_number(stream, "<I")), _number(stream, "<Q")
     values, block = GGML_QUANT_SIZES[kind]
-    size = prod(shape) // values * block
+    count = prod(shape)
+    if not count or not _are_counts((*shape, count)):
+        raise ValueError("a tensor without values, or of too many")
+    size = count // values * block
     original = metadata.get(GGUF_SHAPE_KEY + name)
-    shape = tuple(original) if isinstance(original, list) else shape
+    if isinstance(original, list):
+        if not _are_counts(original) or prod(original) != count:
+            raise ValueError("a tensor whose two shapes do not agree")
+        shape = tuple(original)
+    if (shape[-1] if shape else 1) % values:
+        raise ValueError("a tensor whose rows end within a block")
     return name, TensorHeader(kind.name, shape, size, offset)
 
 

@@ -1,0 +1,146 @@
+"""Hostile settings: a checked `Config`, or status 2 and one sentence on stderr."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import hydra
+from fuzzing import LONGEST, cases, damaged, in_time
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train.compose import CONF, check, compose, typed
+from train.config import Config, schema
+from train.errors import clear_errors
+
+BASE = ("name=fuzzed", "model=tiny", "data.path=data")
+SECTIONS = [found.name for found in CONF.iterdir() if found.is_dir()]
+KEYS = [*schema(), *SECTIONS, "experiment", "data.mix.a", "data.mix.a.path", "data", "lora", "high"]
+LONG = "9" * 5000
+WORDS = (
+    *(
+        "0",
+        "-1",
+        "1",
+        "16",
+        "1e999",
+        "nan",
+        "-inf",
+        "null",
+        "true",
+        "~",
+        "???",
+        "[]",
+        "{}",
+        "''",
+        '""',
+    ),
+    *(LONG, "1_0", "0x10", "[0.5,nan]", "[[1]]", "{a: 1}", "{path: x}", "{a: {b: {c: []}}}"),
+    *(
+        "${seed}",
+        "${name}",
+        "${",
+        "${nothing}",
+        "${oc.env:NO_SUCH}",
+        "${oc.decode:'['}",
+        "${.name}",
+    ),
+    *(
+        "high",
+        "[high]",
+        "[low,low]",
+        "tiny",
+        "demo",
+        "i2v_a14b",
+        "../../etc",
+        "/",
+        "a,b",
+        "é",
+        "\ud800",
+    ),
+    *(
+        "[" * 300,
+        "{a:" * 300,
+        "blocks.(",
+        ".*",
+        "choice(1,2)",
+        "range(1,9)",
+        "sort(3,1)",
+        "\x00",
+        "\n",
+    ),
+)
+VALUES = st.one_of(
+    st.sampled_from(WORDS), st.text(max_size=8), st.integers().map(str), st.floats().map(str)
+)
+
+
+@st.composite
+def overrides(draw: st.DrawFn) -> list[str]:
+    """A key that is known, or nearly, and a value that may be of any type."""
+    known = draw(st.sampled_from(KEYS))
+    key = draw(
+        st.sampled_from([known] * 6 + [known[:-1], f"{known}.x", f"{known}@_here_", "", "a=b"])
+    )
+    before = draw(st.sampled_from([""] * 6 + ["+", "++", "~", "hydra.", "--"]))
+    override = f"{before}{key}={draw(VALUES)}"
+    return [*BASE, override, *draw(st.lists(VALUES, max_size=1))]
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> bytes:
+    """Settings of an experiment's file, as JSON, which is YAML too."""
+    settings: dict[str, object] = {}
+    for key in draw(st.lists(st.sampled_from(KEYS), min_size=1, max_size=3)):
+        section, *names = key.split(".")
+        place = settings
+        for name in (section, *names)[:-1]:
+            inner = place.setdefault(name, {})
+            place = inner if isinstance(inner, dict) else {}
+        word = draw(VALUES)
+        place[key.split(".")[-1]] = draw(
+            st.sampled_from([word, [word], {word: word}, None, 1, 0.5])
+        )
+    return b"# @package _global_\n" + json.dumps(settings).encode()
+
+
+def check_answer(composed: Callable[[], Config]) -> None:
+    """A configuration that holds every rule, or exit status 2 and something to read."""
+    said = io.StringIO()
+    try:
+        with in_time(), redirect_stderr(said), clear_errors():
+            check(composed())
+    except SystemExit as stopped:
+        status = stopped.code
+    else:
+        return
+    assert status == 2
+    assert said.getvalue().startswith("error: ")
+    assert len(said.getvalue().split()) > 3
+    assert len(said.getvalue()) < LONGEST + 2 * len(LONG)  # what was typed may be said again
+
+
+@cases()
+@given(overrides())
+def test_hostile_overrides(arguments: list[str]) -> None:
+    check_answer(lambda: compose(arguments))
+
+
+@cases(0.25)
+@given(
+    st.one_of(trees(), damaged(*(file.read_bytes() for file in (CONF / "experiment").iterdir())))
+)
+def test_hostile_yaml_files(content: bytes) -> None:
+    with TemporaryDirectory() as folder:
+        conf = shutil.copytree(CONF, Path(folder, "conf"))
+        (conf / "experiment" / "fuzzed.yaml").write_bytes(content)
+
+        def composed() -> Config:
+            with hydra.initialize_config_dir(str(conf), version_base="1.3"):
+                return typed(hydra.compose("config", [*BASE, "experiment=fuzzed"]))
+
+        check_answer(composed)
