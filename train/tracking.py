@@ -1,73 +1,102 @@
 """What a run says about itself: the terminal, metrics.jsonl in its folder, and Weights & Biases.
 
 The folder is the truth: everything that W&B gets is in metrics.jsonl and samples/ too. Only the
-main process speaks. Nothing ever asks for a login.
+main process speaks.
 """
 
-import json
-import netrc
-import os
-import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar, cast
-from urllib.parse import urlsplit
+from typing import TypeVar
 
-import torch
+import numpy as np
 import wandb
-from torch import Tensor
 from tqdm import tqdm
 
+from train.artifacts import adapter_artifact, dataset_artifact
+from train.compose import trained_experts
 from train.config import Config
+from train.encode import EncodedDataset
 from train.learner import Learner, StepFigures
+from train.metrics_file import MetricsFile, read_metrics
+from train.other_trackers import OtherTrackers
 from train.preview import Shot
-from train.rules import ConfigError
+from train.running_loss import RunningLoss
 from train.validate import HeldoutLoss
-from wan.flow import bin_of
+from train.wandb_log import WandbLog
+from train.window import Window, pace, peak_memory
+from wan.lora_format import ExportedFile
 from wan.variants import Expert
 
 T = TypeVar("T")
-WandbMode = Literal["online", "offline", "disabled", "shared"]
-NETWORK_WAIT = 3.0  # seconds
 LOG_FILE_INTERVAL = 15.0  # seconds between lines of progress where there is no terminal
+STALL = 600.0  # seconds that any step may take, and
+STALL_TIMES = 10  # how many times as long as the run's steps
+
+
+@dataclass(frozen=True)
+class TrackerState:
+    """What a tracker must know in order to go on as if it had never been away."""
+
+    metrics_bytes: int = 0
+    wandb_id: str | None = None
+    elapsed: float = 0.0  # seconds
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase
+    window: dict[Expert, Window] = field(default_factory=dict)
+    window_start: float = 0.0
+    running: dict[Expert, RunningLoss] = field(default_factory=dict)
 
 
 class Tracker:
-    """The voice of a run. On other processes than the main one all methods do nothing."""
+    """The voice of a run. On other processes than the main one all methods do nothing.
 
-    def __init__(self, config: Config, folder: Path, speaks: bool) -> None:
+    `resumed` is the `state` of the tracker of this run, or of another run that this one goes on
+    from; what the former has logged is not logged again.
+    """
+
+    def __init__(
+        self, config: Config, folder: Path, speaks: bool, resumed: TrackerState | None = None
+    ) -> None:
+        begun = resumed or TrackerState()
         self._speaks = speaks
-        self._log_every = config.tracking.log_every
-        self._started = time.monotonic()
-        self.seconds: dict[str, float] = {}  # by phase
-        self._window: dict[Expert, list[StepFigures]] = {}
-        self._window_start = 0.0  # of training time
-        self._edges: dict[Expert, Tensor] = {}
-        self._run = None
-        if not speaks:
-            return
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        mode = _wandb_mode(config.tracking.mode)
-        # Videos of tables are staged here until `wandb sync`: all of a run is in its folder.
-        os.environ.setdefault("WANDB_DATA_DIR", str(folder.resolve() / "wandb"))
-        self._run = wandb.init(
-            project=config.tracking.project,
-            name=config.name,
-            dir=str(folder),
-            mode=mode,
-            config=asdict(config),
-            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+        self._config = config
+        self._started = time.monotonic() - begun.elapsed
+        self.seconds = dict(begun.seconds)  # by phase
+        self._window = dict(begun.window)
+        self._window_start = begun.window_start  # of training time
+        self._running = dict(begun.running)
+        self._edges: dict[Expert, list[float]] = {}  # of noise bins
+        self._steps = 0  # of this process
+        self._steps_start = self.seconds.get("training", 0.0)
+        self._metrics = self._wandb = self._others = None
+        if speaks:
+            path = folder / "metrics.jsonl"
+            self._metrics = MetricsFile(path, begun.metrics_bytes, self.say)
+            self._others = OtherTrackers(config, folder, self.say)
+            self._wandb = WandbLog(config, folder, begun.wandb_id, self.say)
+            if begun.wandb_id is not None:  # what a process that was killed has not sent
+                for step, figures in read_metrics(path):
+                    self._wandb.log(figures, step)
+
+    def state(self) -> TrackerState:
+        """What to save, once all that was logged is on the disk."""
+        return TrackerState(
+            metrics_bytes=self._metrics.size() if self._metrics else 0,
+            wandb_id=self._wandb.run_id if self._wandb else None,
+            elapsed=time.monotonic() - self._started,
+            seconds=dict(self.seconds),
+            window=dict(self._window),
+            window_start=self._window_start,
+            running=dict(self._running),
         )
-        self.say(f"wandb      {mode}" + (f": {self._run.url}" if mode == "online" else ""))
 
     def say(self, text: str) -> None:
         """One line, or a few, on the terminal."""
-        if self._speaks:
-            tqdm.write(text)
+        say(text, self._speaks)
 
     def progress(self, steps: Iterable[T], name: str, total: int | None = None) -> Iterable[T]:
         """Iterate with a progress bar, which stays on the screen only while it moves."""
@@ -75,75 +104,162 @@ class Tracker:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time spent within as that of the phase `name`."""
+        """Count the time spent within as that of the phase `name`; a step that hangs is told."""
         started = time.monotonic()
+        spent = self.seconds.get("training", 0.0) - self._steps_start
+        limit = max(STALL, STALL_TIMES * spent / max(self._steps, 1))
+        watch = threading.Timer(limit, self._stalled, [limit])
+        if name == "training" and self._speaks:
+            watch.daemon = True
+            watch.start()
         try:
             yield
         finally:
+            watch.cancel()
             spent = time.monotonic() - started
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+    def share(self, phase: str) -> float:
+        """The share of the run's time so far that a phase has taken."""
+        total = time.monotonic() - self._started
+        return self.seconds.get(phase, 0.0) / max(total, 1e-9)
 
     def time_spent(self) -> str:
         """Where the time of the run went."""
         total = time.monotonic() - self._started
-        shares = ", ".join(f"{name} {spent:.0f} s" for name, spent in self.seconds.items())
+        shares = ", ".join(
+            f"{name} {spent:.0f} s ({spent / max(total, 1e-9):.0%})"
+            for name, spent in self.seconds.items()
+        )
         return f"time       {total:.0f} s: {shares}"
 
-    def figures(self, step: int, figures: dict[str, float]) -> None:
-        """Write named numbers of a step, in the order of steps."""
-        if not self._speaks or self._run is None:
+    def figures(
+        self, step: int, figures: dict[str, float], shown: Mapping[str, object] | None = None
+    ) -> None:
+        """Write named numbers of a step, in the order of steps; what is `shown` is W&B's alone."""
+        if self._metrics is None or self._wandb is None or self._others is None:
             return
-        record = {"step": step, "seconds": round(time.monotonic() - self._started, 2), **figures}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        self._run.log(figures, step=step)
+        seconds = round(time.monotonic() - self._started, 2)
+        self._metrics.write({"step": step, "seconds": seconds, **figures})
+        self._others.log(figures, step)
+        self._wandb.log({**figures, **(shown or {})}, step)
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell the people who follow the run from elsewhere."""
+        if self._wandb is not None:
+            self._wandb.alert(f"{self._config.name}: {title}", text)
 
     def trained(self, done: int, total: int, learner: Learner, figures: StepFigures) -> None:
         """Collect one training step; every `log_every` steps write the means since the last."""
-        self._window.setdefault(learner.expert, []).append(figures)
-        self._edges[learner.expert] = learner.edges
-        count = sum(len(steps) for steps in self._window.values())
-        if count < self._log_every and done < total:
-            return
-        seconds = self.seconds.get("training", 0.0) - self._window_start
-        record = {"time/step_s": seconds / count}
-        for name, steps in self._window.items():
-            record[f"train/{name}/loss"] = sum(step.loss for step in steps) / len(steps)
-            record[f"lr/{name}"] = steps[-1].learning_rate
-            record[f"grad_norm/{name}"] = sum(step.grad_norm for step in steps) / len(steps)
-            record |= _by_bin(f"train/{name}", steps, self._edges[name])
-        self.figures(done, record)
+        expert = learner.expert
+        self._steps += 1
+        if figures.problem:
+            self.say(f"skipped    {expert} expert, {figures.problem}")
+            self.figures(done, {f"bad_steps/{expert}": learner.bad_steps})
+            if learner.bad_in_row == 1:
+                self.alert("NaN", f"{expert} expert, {figures.problem}")
+        else:
+            bins = self._window.setdefault(expert, Window()).add(learner, figures)
+            running = self._running.get(expert)
+            if running is None or len(running.losses) != len(learner.edges) - 1:
+                running = RunningLoss.of(len(learner.edges) - 1)
+            running.add(figures.losses.tolist(), bins)
+            self._running[expert] = running
+            self._edges[expert] = learner.edges.tolist()
+        count = sum(len(window.losses) for window in self._window.values())
+        if count >= self._config.tracking.log_every or (done == total and count > 0):
+            self._write_window(done)
+
+    def _write_window(self, done: int) -> None:
+        spent = self.seconds.get("training", 0.0)
+        windows, floor = list(self._window.values()), self._config.tracking.floor
+        record = pace(windows, spent - self._window_start, floor) | peak_memory()
+        record |= {f"time/spent/{name}_s": seconds for name, seconds in self.seconds.items()}
+        maps = {}
+        for name, window in self._window.items():
+            record |= window.figures(name)
+            if name in self._running:
+                record |= self._running[name].figures(f"train/{name}")
+                if name in self._edges:
+                    means = self._running[name].means()
+                    maps |= _heat_map(f"train/{name}", means, self._edges[name])
+        self.figures(done, record, maps)
         self._window.clear()
-        self._window_start = self.seconds.get("training", 0.0)
+        self._window_start = spent
 
-    def heldout(self, step: int, losses: Sequence[HeldoutLoss]) -> None:
-        """Write held-out losses, in all and by bin."""
-        record = {}
-        for loss in losses:
-            record[f"heldout/{loss.expert}/loss"] = loss.mean
-            record[f"heldout/{loss.expert}/standard_error"] = loss.standard_error
-            for index, value in enumerate(loss.bins):
-                record[f"heldout/{loss.expert}/bin_{index}"] = value
-        self.figures(step, record)
+    def heldout(
+        self, step: int, losses: Sequence[HeldoutLoss], base: Sequence[HeldoutLoss]
+    ) -> None:
+        """Write held-out losses, in all and by bin, and how they differ from the base model's."""
+        record, maps = {}, {}
+        for loss, was in zip(losses, base, strict=True):
+            name = f"heldout/{loss.expert}"
+            record |= {f"{name}/loss": loss.mean, f"{name}/standard_error": loss.standard_error}
+            record |= {f"{name}/bin_{index}": value for index, value in enumerate(loss.bins)}
+            over = f"heldout_over_base/{loss.expert}"  # 0: the base; -0.1: a tenth is gone
+            record[f"{over}/loss"] = loss.mean / was.mean - 1
+            for index, (now, before) in enumerate(zip(loss.bins, was.bins, strict=True)):
+                record[f"{over}/bin_{index}"] = now / before - 1
+            maps |= _heat_map(name, dict(enumerate(loss.bins)), loss.edges)
+        self.figures(step, record, maps)
 
-    def samples(self, step: int, shots: Sequence[Shot], files: Sequence[Path], sheet: Path) -> None:
-        """Show base and adapters side by side, as playable videos in a table."""
-        if self._run is None:
+    def samples(
+        self,
+        step: int,
+        shots: Sequence[Shot],
+        files: Sequence[Path],
+        sheet: Path,
+        checkpoint: str | None,
+    ) -> None:
+        """Show what the adapters do, and the base beside them, as playable videos in a table.
+
+        `files` are the side-by-sides of the shots; `checkpoint` is the one written at this step.
+        """
+        if self._wandb is None:
             return
-        table = wandb.Table(columns=["step", "prompt", "seed", "base and adapters"])
-        shown: dict[str, object] = {"sheet": wandb.Image(str(sheet))}
-        for shot, file in zip(shots, files, strict=True):
-            video = wandb.Video(str(file), caption=shot.prompt, format="mp4")
-            table.add_data(step, shot.prompt, shot.seed, video)
-            shown[f"samples/{file.stem}"] = video  # a table's videos wait for `wandb sync`
-        self._run.log({"samples": table, **shown}, step=step)
+        experts = trained_experts(self._config)
+        strengths = [f"strength {expert}" for expert in experts]
+        known = ["step", "checkpoint", "prompt", "seed"]
+        table = wandb.Table(columns=[*known, *strengths, "video", "beside the base"])
+        shown: dict[str, object] = {"samples/sheet": wandb.Image(str(sheet))}
+        for index, (shot, file) in enumerate(zip(shots, files, strict=True)):
+            beside = wandb.Video(str(file), caption=shot.prompt, format="mp4")
+            shown[f"samples/{file.stem}"] = beside  # a table's videos wait for `wandb sync`
+            alone = {f"{expert}_only": [float(e == expert) for e in experts] for expert in experts}
+            for name, used in {"adapters": [1.0] * len(experts), **alone}.items():
+                path = file.with_name(f"{index:02d}_{name}.mp4")
+                if path.is_file():
+                    video = wandb.Video(str(path), caption=shot.prompt, format="mp4")
+                    what = step, checkpoint, shot.prompt, shot.seed
+                    table.add_data(*what, *used, video, beside)
+        self._wandb.log({"samples/table": table, **shown}, step)
+
+    def dataset(self, dataset: EncodedDataset, report: str) -> None:
+        """Keep what the run is made of beside it."""
+        if self._wandb is not None:
+            self._wandb.used(dataset_artifact(dataset, report))
+
+    def exported(self, files: Mapping[Expert, ExportedFile], losses: Sequence[HeldoutLoss]) -> None:
+        """Keep what came out of the run beside it."""
+        if self._wandb is not None:
+            self._wandb.made(adapter_artifact(self._config.name, files, losses))
 
     def finish(self) -> None:
         """Close everything."""
-        if not self._speaks or self._run is None:
-            return
-        self._run.finish()
-        self._file.close()
+        if self._wandb is not None and self._others is not None:
+            self._wandb.finish()
+            self._others.finish()
+
+    def _stalled(self, seconds: float) -> None:
+        text = f"a step has taken more than {seconds:.0f} s; the run waits for it"
+        self.say(f"stalled    {text}")
+        self.alert("stalled", text)
+
+
+def say(text: str, speaks: bool) -> None:
+    """A line, or a few, on the terminal of the main process."""
+    if speaks:
+        tqdm.write(text)
 
 
 def progress_bar(speaks: bool) -> Callable[[Iterable[int], str], Iterable[int]]:
@@ -162,43 +278,14 @@ def _bar(steps: Iterable[T], name: str, total: int | None, speaks: bool) -> Iter
     )
 
 
-def _by_bin(prefix: str, steps: Sequence[StepFigures], edges: Tensor) -> dict[str, float]:
-    """Mean training loss of each bin that was visited."""
-    losses = torch.cat([step.losses for step in steps])
-    bins = bin_of(torch.cat([step.sigmas for step in steps]), edges)
-    return {
-        f"{prefix}/bin_{index}": losses[bins == index].mean().item()
-        for index in bins.unique().tolist()
-    }
+def _heat_map(
+    name: str, losses: Mapping[int, float], edges: Sequence[float]
+) -> dict[str, wandb.Histogram]:
+    """Loss over sigma: W&B shows histograms of many steps as a heat map over these.
 
-
-def _wandb_mode(mode: str) -> WandbMode:
-    """`auto` is online only with an account and a network: else W&B would ask, or wait."""
-    host = urlsplit(str(wandb.Settings().base_url)).hostname or ""
-    if mode == "online" and not _has_account(host):
-        raise ConfigError(
-            f"tracking.mode is online, but there is no account for {host} on this machine: set "
-            "WANDB_API_KEY in the environment, or use tracking.mode=auto, which stays offline then."
-        )
-    if mode == "auto":
-        wanted = os.environ.get("WANDB_MODE", "online")
-        reachable = wanted != "online" or (_has_account(host) and _answers(host))
-        mode = wanted if reachable else "offline"
-    return cast("WandbMode", mode)
-
-
-def _has_account(host: str) -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def _answers(host: str) -> bool:
-    try:
-        with socket.create_connection((host, 443), timeout=NETWORK_WAIT):
-            return True
-    except OSError:
-        return False
+    Nothing while a bin is missing.
+    """
+    if len(losses) < len(edges) - 1:
+        return {}
+    values = np.array([losses[index] for index in sorted(losses)])
+    return {f"noise/{name}": wandb.Histogram(np_histogram=(values, np.array(edges)))}
