@@ -1,0 +1,181 @@
+"""The plan of a run: from headers alone, right where it can be counted, and honest where not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.full_size_models import full_size_model
+from tests.toy_runs import make_image, make_video, silent
+from tools import plan as program
+from train import machine, plan, plan_lines
+from train.compose import compose
+from train.out_of_memory import changes, out_of_memory
+from train.run import Checked
+from wan import cards
+from wan.cards import CARDS, H200
+from wan.footprint import GIB, Load
+from wan.speed import Keep
+from wan.variants import A14B, VARIANTS
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A full-size model without bytes, and videos and images for it."""
+    place = tmp_path_factory.mktemp("plan")
+    full_size_model(place / "model", VARIANTS["t2v_a14b"])
+    for number in range(3):
+        make_video(place / "data" / f"{number}.mp4", 25 + number, "A clip.", (64, 96))
+        make_image(place / "data" / f"image_{number}.png", number, "An image.", (64, 96))
+    return place
+
+
+def settings(folder: Path, *overrides: str) -> list[str]:
+    return [
+        "name=mira", "model=t2v_a14b", f"model.path={folder}/model", f"data.path={folder}/data",
+        f"data.cache={folder}/cache", "data.workers=0", "data.upscale=true",
+        "data.height=480", "data.width=832", f"output_dir={folder}/out",
+        "preview.prompts=['A clip.']", *overrides,
+    ]  # fmt: skip
+
+
+def checked(folder: Path, *overrides: str) -> Checked:
+    return plan.look_up(compose(settings(folder, *overrides)), silent)
+
+
+def shown(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str) -> str:
+    program.main(settings(folder, *overrides))
+    return capsys.readouterr().out
+
+
+def test_the_program_tells_all_of_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = shown(capsys, folder, "--gpu", "h200", "--hourly-rate", "3.5")
+    for part in (
+        "14,288,491,584 numbers in bf16",
+        "entries of latents are missing",
+        "versions   torch",
+        "account for",
+        "checkpoints: up to",
+        "memory     caching",
+        "memory     training",
+        "memory     sampling",
+        "4,000 steps of high and low",
+        "$",
+        "take       speed=fp8, the fastest that fits; of those that round no weight, speed=",
+    ):
+        assert part in said, part
+    assert not (folder / "out").exists()
+
+
+def test_it_says_when_none_fits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = shown(capsys, folder, "batch_size=16", "--gpu", "4090")
+    assert "take       none fits: speed=stream needs least" in said
+    assert "DOES NOT FIT" in said
+
+
+def test_without_a_gpu_it_asks_for_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "choose one with --gpu" in shown(capsys, folder)
+
+
+def test_a_preset_that_fits_is_within_the_card(folder: Path) -> None:
+    inputs = checked(folder)
+    for card in (CARDS[name] for name in ("h200", "l40s", "3090")):
+        found = plan.choices(inputs, card)
+        usable = plan.setting_of(inputs, card).usable
+        assert all(choice.fits == (choice.peak <= usable) for choice in found)
+        fitting = [choice.seconds for choice in found if choice.fits]
+        assert fitting == sorted(fitting)
+        assert [choice.fits for choice in found] == sorted((c.fits for c in found), reverse=True)
+
+
+def test_time_grows_with_what_is_done(folder: Path) -> None:
+    def hours(*overrides: str) -> plan.Hours:
+        inputs = checked(folder, *overrides)
+        return plan.hours(plan.setting_of(inputs, H200), inputs)
+
+    once = hours()
+    assert hours("steps=4000").training == pytest.approx(2 * once.training)
+    assert hours("accumulate=3").training == pytest.approx(3 * once.training)
+    assert hours("experts=[low]").training == pytest.approx(once.training / 2)
+    assert hours("preview.prompts=[]").sampling == 0
+    assert hours("preview.every=0").sampling == pytest.approx(once.sampling * 2 / 9)
+    assert hours("speed=resident").swapping == 0 < once.swapping
+
+
+def keep(attention: int, products: int, everything: int = 0) -> tuple[Keep, ...]:
+    counts: dict[Keep, int] = {
+        "attention": attention,
+        "products": products,
+        "everything": everything,
+    }
+    return tuple(kind for kind, count in counts.items() for _ in range(count))
+
+
+@pytest.mark.parametrize(
+    ("load", "kept", "measured"),
+    [
+        (Load(A14B, 32_760, 1, 16), keep(19, 21), 9.61),
+        (Load(A14B, 32_760, 1, 16, "fp8"), keep(14, 26), 8.14),
+        (Load(A14B, 4096, 1, 16), keep(0, 0, 40), 0.516),
+        (Load(A14B, 4096, 1, 16, "fp8"), keep(0, 0, 40), 0.395),
+        (Load(A14B, 32_760, 1, 16, compiled=False), ("nothing",) * 40, 14.47),
+    ],
+)
+def test_steps_take_as_long_as_on_the_h200(
+    load: Load, kept: tuple[Keep, ...], measured: float
+) -> None:
+    assert cards.step_seconds(load, kept, H200) == pytest.approx(measured, rel=0.1)
+
+
+def test_a_card_is_known_by_what_its_driver_calls_it() -> None:
+    known = {
+        "NVIDIA H200": "h200", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA A100-SXM4-80GB": "a100",
+        "NVIDIA GeForce RTX 4090": "4090", "NVIDIA RTX 6000 Ada Generation": "rtx6000ada",
+    }  # fmt: skip
+    for driver, name in known.items():
+        found = cards.card_of(driver, 40 * GIB)
+        assert found is not None, driver
+        assert (found.bf16, found.gib) == (CARDS[name].bf16, 40)
+    assert cards.card_of("Tesla T4", GIB) is None
+
+
+def test_what_does_not_fit_on_the_disk_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = checked(folder)
+    assert not any("NOT ENOUGH" in line for line in machine.disk(inputs))
+    rank = checked(folder, "lora.rank=1024", "checkpoint.keep=1000")
+    assert "NOT ENOUGH" in machine.disk(rank)[1]
+    numbers = 2 * cards.adapter_numbers(A14B, 16)
+    assert numbers == 2 * 76_677_120  # wan22.md section 8.2: 76.7 M
+    assert machine.checkpoint_bytes(inputs) == numbers * 14
+    monkeypatch.setattr(machine, "KNOWN_BAD", {("torch", torch.__version__[:3]): "do not"})
+    assert any("do not" in line for line in machine.versions())
+
+
+def test_full_memory_has_its_remedies_in_order(folder: Path) -> None:
+    message = str(out_of_memory(compose(settings(folder, "batch_size=2")), CPU))
+    order = ["speed.keep=nothing", "batch_size=1 accumulate=2", "speed.placement=stream",
+             "speed.frozen=fp8", "data.frames=", "data.height="]  # fmt: skip
+    places = [message.index(part) for part in order]
+    assert places == sorted(places)
+
+
+def test_a_remedy_saves_what_it_says(folder: Path) -> None:
+    inputs = checked(folder, "speed=resident", "speed.keep=attention")
+    setting = plan.setting_of(inputs, H200)
+    (work, *_) = sorted(
+        plan.training(setting, plan.buckets_of(inputs.clips.train)), key=lambda w: -w.peak
+    )
+    saved = dict(changes(setting, inputs, work.bucket, work.keep))
+    less = checked(folder, "speed=swap", "speed.keep=attention")
+    others = plan.training(plan.setting_of(less, H200), [work.bucket])
+    assert saved["speed.placement=swap"] == pytest.approx(work.peak - others[0].peak)
+    assert saved["speed.keep=host"] > saved["speed.keep=nothing"] > 0
+
+
+def test_the_first_screen_is_about_the_disk_where_no_card_is_known(folder: Path) -> None:
+    lines = plan_lines.first_screen(checked(folder), CPU)
+    assert [line.split()[0] for line in lines] == ["disk", "disk"]
