@@ -45,7 +45,8 @@ def text() -> dict[str, Tensor]:
 def quick(batch_size: int = 1, **changes: object) -> PreviewPlan:
     """A plan of two small shots."""
     small = {"steps": 3, "frames": 5, "height": 32, "width": 48, "prompts": ["a ball", "a cube"]}
-    return plan_previews(PreviewConfig(**(small | changes)), TINY, batch_size)
+    preview = PreviewConfig(**(small | changes))  # pyright: ignore[reportArgumentType]
+    return plan_previews(preview, TINY, batch_size)
 
 
 def rendered(
@@ -54,7 +55,7 @@ def rendered(
     def progress(steps: Iterable[int], _: str) -> Iterable[int]:
         return steps
 
-    return render(plan, TINY, experts, vae, text, progress)
+    return render(plan, TINY, experts, vae, text, progress, print)
 
 
 def gradient_video(frames: int, height: int, width: int) -> np.ndarray:
@@ -114,7 +115,7 @@ def test_a_size_that_does_not_fit_is_told_before_any_weight_is_read(
         make_image(tmp_path / "data" / f"{seed}.png", seed, "noise")
     config = config_of(tmp_path / "data", toy_model, "preview.prompts=[a]", f"preview.{key}=40")
     with pytest.raises(ConfigError, match=rf"preview\.{key}.*40.*16"):
-        check(config, silent)
+        check(config, CPU, silent)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,8 @@ def test_guidance_of_0_ignores_the_prompt_and_of_1_the_negative_prompt(
         quick(guidance_high=1.0, guidance_low=1.0, negative_prompt=prompt)
         for prompt in ("", "a ball")
     ]
-    assert np.array_equal(*(rendered(plan, experts, vae, text)[1] for plan in plans))
+    one, other = (rendered(plan, experts, vae, text)[1] for plan in plans)
+    assert np.array_equal(one, other)
 
 
 def test_no_shots_render_nothing(
@@ -259,7 +261,7 @@ def test_samples_of_a_step_are_all_there(tmp_path: Path) -> None:
     plan = quick()
     base = [gradient_video(5, 32, 64), gradient_video(5, 32, 64) // 2]
     adapted = [255 - video for video in base]
-    compared = save_samples(tmp_path / "step", plan, base, adapted, 8)
+    compared = save_samples(tmp_path / "step", plan, base, adapted, 8, {})
     assert [path.name for path in compared] == [
         "00_base_and_adapters.mp4", "01_base_and_adapters.mp4",
     ]  # fmt: skip

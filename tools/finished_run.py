@@ -20,6 +20,7 @@ from wan.lora_metadata import OURS
 from wan.safetensors_writer import FileHashes, file_hashes
 from wan.variants import VARIANTS, Expert, Variant
 
+STRENGTHS = "strengths.json"  # in evaluation/, by tools.strength_sweep
 SAMPLE = re.compile(r"\d+_adapters\.mp4")  # not those with the base model beside them
 
 
@@ -62,7 +63,7 @@ class FinishedRun:
 
 def read_run(folder: Path) -> FinishedRun:
     """What lies in the folder of a run; `ConfigError` or `ModelError` if something is missing."""
-    config = _read_config(folder / "config.yaml")
+    config = read_config(folder / "config.yaml")
     facts = VARIANTS[config.model.variant]
     losses = _read_losses(folder / "summary.json")
     adapters: dict[Expert, Adapter] = {
@@ -81,7 +82,8 @@ def read_run(folder: Path) -> FinishedRun:
     )
 
 
-def _read_config(path: Path) -> Config:
+def read_config(path: Path) -> Config:
+    """The settings of a run from its config.yaml; `ConfigError` if that is none of this version."""
     if not path.is_file():
         raise ConfigError(f"{path} is missing; expected the folder of a run, such as outputs/demo")
     try:
@@ -129,3 +131,19 @@ def _last_samples(folder: Path) -> Path:
     """The folder of the samples after the most steps, or where it would be."""
     steps = [path for path in folder.glob("step_*") if path.name[5:].isdigit()]
     return max(steps, key=lambda path: int(path.name[5:]), default=folder)
+
+
+def recommended_strengths(run: Path, sha256: Mapping[Expert, str]) -> dict[Expert, float]:
+    """What the newest sweep in a run's folder recommends for files with these hashes; else {}."""
+    for path in sorted((run / "evaluation").glob(f"**/{STRENGTHS}"), reverse=True):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            of = {expert: found["adapters"][expert]["sha256"] for expert in sha256}
+            strengths: dict[Expert, float] = {
+                expert: float(found["recommended"][expert]) for expert in sha256
+            }
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if of == dict(sha256):
+            return strengths
+    return {}

@@ -1,7 +1,7 @@
 """Sample videos during training, through the full inference pipeline, beside the base model's."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from data.items import DataError, Item, kind_of
 from data.media import probe, read_clip
 from train.config import PreviewConfig
 from train.encode import as_video
+from train.few_step import few_step_files
 from train.rules import ConfigError
 from train.video_files import side_by_side, write_mp4, write_sheet
 from wan.conditioning import (
@@ -24,7 +25,7 @@ from wan.conditioning import (
 )
 from wan.experts import Experts
 from wan.latents import decode_latents
-from wan.sampler import SampleSettings, sample_latents
+from wan.sampler import SampleSettings, distilled, sample_latents
 from wan.text import pad_text
 from wan.variants import Expert, Guidance, Variant
 
@@ -46,6 +47,7 @@ class PreviewPlan:
     settings: SampleSettings
     negative_prompt: str
     batch_size: int
+    few_step: Mapping[Expert, Path] = field(default_factory=dict)  # distilled adapters beside ours
 
     @property
     def texts(self) -> list[str]:
@@ -54,12 +56,13 @@ class PreviewPlan:
 
 
 Progress = Callable[[Iterable[int], str], Iterable[int]]
+Say = Callable[[str], None]
 
 
 def plan_previews(preview: PreviewConfig, facts: Variant, batch_size: int) -> PreviewPlan:
     """The configured prompts and seeds, and the variant's values for what is not configured.
 
-    `ConfigError` if the size is none that the model can make.
+    `ConfigError` if the size is none that the model can make, or a file cannot be used.
     """
     settings = SampleSettings(
         steps=preview.steps or facts.sample_steps,
@@ -84,15 +87,17 @@ def plan_previews(preview: PreviewConfig, facts: Variant, batch_size: int) -> Pr
     for image in images:
         if image is not None:
             _check_image(image)
+    few_step = few_step_files(preview.distilled, facts)
     return PreviewPlan(
         shots=[
             Shot(prompt, seed, image)
             for prompt, image in zip(preview.prompts, images, strict=True)
             for seed in preview.seeds
         ],
-        settings=settings,
+        settings=distilled(settings) if few_step else settings,
         negative_prompt=facts.negative_prompt if negative is None else negative,
         batch_size=batch_size,
+        few_step=few_step,
     )
 
 
@@ -101,13 +106,45 @@ def render(
     facts: Variant,
     experts: Experts,
     vae: AutoencoderKLWan,
-    text: dict[str, Tensor],
+    text: Mapping[str, Tensor],
     progress: Progress,
+    say: Say,
 ) -> list[np.ndarray]:
-    """The videos of the plan's shots, uint8 (T, H, W, 3) each; the models are left as they were."""
+    """The videos of the plan's shots, uint8 (T, H, W, 3) each; the models are left as they were.
+
+    When memory runs out, they are made again one at a time, with guidance in two passes, and `say`
+    is told; decoding falls back to tiles by itself. `torch.OutOfMemoryError` if that is too much.
+    """
     was_training: dict[Expert, bool] = {expert: experts[expert].training for expert in experts}
     for expert in experts:
         experts[expert].eval()
+    try:
+        try:
+            return _render(plan, facts, experts, vae, text, progress, say)
+        except torch.OutOfMemoryError:
+            if plan.batch_size == 1 and plan.settings.cfg == "sequential":
+                raise
+        torch.cuda.empty_cache()  # what the attempt held is free once its error is gone
+        say(
+            "rendering  not enough memory: samples are made one at a time, with guidance in two "
+            "passes, which takes longer and changes them by rounding alone"
+        )
+        small = replace(plan, batch_size=1, settings=replace(plan.settings, cfg="sequential"))
+        return _render(small, facts, experts, vae, text, progress, say)
+    finally:
+        for expert, training in was_training.items():
+            experts[expert].train(training)
+
+
+def _render(
+    plan: PreviewPlan,
+    facts: Variant,
+    experts: Experts,
+    vae: AutoencoderKLWan,
+    text: Mapping[str, Tensor],
+    progress: Progress,
+    say: Say,
+) -> list[np.ndarray]:
     device = vae.device
     negative = pad_text([text[plan.negative_prompt]], facts.text_len).to(device)
     videos = []
@@ -119,11 +156,9 @@ def render(
         condition = _condition(shots, plan.settings, facts, vae)
         latents = sample_latents(experts, plan.settings, facts, prompts, negative, seeds, condition)
         for row in latents:
-            video = decode_latents(vae, row[None])[0]  # (3, T, H, W) in [-1, 1]
+            video = decode_latents(vae, row[None], say=say)[0]  # (3, T, H, W) in [-1, 1]
             levels = ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             videos.append(levels.permute(1, 2, 3, 0).cpu().numpy())
-    for expert, training in was_training.items():
-        experts[expert].train(training)
     return videos
 
 
@@ -145,17 +180,25 @@ def _condition(
     """The first frames of the shots as the model takes them, at the size of the video."""
     if not all(shot.image for shot in shots):
         return Condition()
-    bucket = Bucket(1, settings.height, settings.width)
-    pictures = [
-        read_clip(Clip(Item(shot.image, ("",), "image", str(shot.image)), bucket, 0.0, 0.0, "keep"))
-        for shot in shots
-        if shot.image is not None
-    ]
+    pictures = [_picture(shot, settings) for shot in shots]
     images = torch.cat([as_video(picture)[:, :, 0] for picture in pictures])  # (B, 3, H, W)
     if facts.conditioning == "first_frame":
         return Condition(first_frame=first_frame_latents(vae, images))
     latents = image_condition(vae, images, None, settings.frames)
     return Condition(channels=channels_condition(latents, last=False))
+
+
+def _picture(shot: Shot, settings: SampleSettings) -> Tensor:
+    """The image of a shot at the size of its video: uint8 (1, H, W, 3)."""
+    assert shot.image is not None
+    bucket = Bucket(1, settings.height, settings.width)
+    item = Item(shot.image, ("",), "image", str(shot.image))
+    return read_clip(Clip(item, bucket, 0.0, 0.0, "keep"))
+
+
+def _still(shot: Shot, settings: SampleSettings) -> np.ndarray:
+    """The image of a shot as a video (T, H, W, 3) in which nothing moves."""
+    return np.repeat(_picture(shot, settings).numpy(), settings.frames, axis=0)
 
 
 def save_samples(
@@ -164,19 +207,31 @@ def save_samples(
     base: Sequence[np.ndarray],
     adapted: Sequence[np.ndarray],
     fps: int,
+    alone: Mapping[Expert, Sequence[np.ndarray]],
 ) -> list[Path]:
     """Write each adapted video, its side-by-side with the base's, and one sheet of all of them.
 
-    Returns the side-by-side files in the order of the shots.
+    With videos by each adapter `alone`, these too, and a grid of the four. Returns the
+    side-by-sides, or the grids, in the order of the shots.
     """
-    compared = []
-    for index, (before, after) in enumerate(zip(base, adapted, strict=True)):
-        write_mp4(folder / f"{index:02d}_adapters.mp4", after, fps)
-        compared.append(folder / f"{index:02d}_base_and_adapters.mp4")
-        write_mp4(compared[-1], side_by_side([before, after], ["base", "adapters"]), fps)
+    columns: dict[str, Sequence[np.ndarray]] = {}
+    if plan.shots[0].image is not None:
+        columns["input image"] = [_still(shot, plan.settings) for shot in plan.shots]
+    columns |= {"base": base, **{f"{e} only": videos for e, videos in alone.items()}}
+    columns["both" if alone else "adapters"] = adapted
     rows = [
-        (f"{shot.prompt} (seed {shot.seed})", [before, after])
-        for shot, before, after in zip(plan.shots, base, adapted, strict=True)
+        (f"{shot.prompt} (seed {shot.seed})", list(videos))
+        for shot, *videos in zip(plan.shots, *columns.values(), strict=True)
     ]
-    write_sheet(folder / "sheet.png", rows, ["base model", "with both adapters"])
+    write_sheet(folder / "sheet.png", rows, list(columns))
+    compared = []
+    for index, (_, videos) in enumerate(rows):
+        two = folder / f"{index:02d}_base_and_adapters.mp4"
+        write_mp4(folder / f"{index:02d}_adapters.mp4", adapted[index], fps)
+        write_mp4(two, side_by_side([base[index], adapted[index]], ["base", "adapters"]), fps)
+        for expert in alone:
+            write_mp4(folder / f"{index:02d}_{expert}_only.mp4", alone[expert][index], fps)
+        if alone:
+            write_mp4(folder / f"{index:02d}_grid.mp4", side_by_side(videos, list(columns)), fps)
+        compared.append(folder / f"{index:02d}_grid.mp4" if alone else two)
     return compared

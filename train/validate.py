@@ -1,13 +1,17 @@
 """Held-out loss by expert and noise bin, with the same clips, noise and noise levels every time."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from torch import Tensor
 
 from data.batches import Batch, Draws, EncodedClips, happens, load_batch
+from data.buckets import Clip
+from train.config import Config
+from train.learner import sample_draws, timestep_law
 from train.step import NoiseDraw, velocity_error
 from wan import flow
 from wan.variants import Expert, Variant
@@ -22,6 +26,7 @@ class HeldoutLoss:
     standard_error: float  # of the mean, over clips and draws
     bins: list[float]
     edges: list[float]  # sigma at the bins' edges, one more than bins
+    by_draw: list[float] = field(default_factory=list)  # of each clip and draw, for `change`
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,42 @@ class HeldoutPlan:
 Progress = Callable[[Iterable[int], str], Iterable[int]]
 
 
+def plan_checks(config: Config, facts: Variant, clips: EncodedClips) -> HeldoutPlan:
+    """The measurement that a run's settings mean, on these clips; captions are never dropped."""
+    return HeldoutPlan(
+        clips=clips,
+        given=replace(sample_draws(config, facts, config.seed), caption_dropout=0.0),
+        law=timestep_law(config),
+        bins=config.eval.bins,
+        draws=config.eval.draws,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+
+
+def fixed_choice(
+    plan: HeldoutPlan, clips: EncodedClips, indices: Sequence[int], count: int
+) -> HeldoutPlan:
+    """The same measurement on `count` of the clips with these indices, or on all of them.
+
+    Which ones is a function of the seed and of their names, whatever their order.
+    """
+    chosen = [clips.clips[index] for index in indices]
+    chosen.sort(key=lambda clip: (flow.mix_seed(plan.seed, "chosen", clip.name), clip.latents))
+    return replace(plan, clips=replace(clips, clips=chosen[:count]))
+
+
+def plan_train_checks(
+    plan: HeldoutPlan, encoded: EncodedClips, clips: Sequence[Clip]
+) -> HeldoutPlan:
+    """The same measurement on as many of the `clips` that are trained on, to compare with.
+
+    None is of a regularisation set, unless all are.
+    """
+    own = [index for index, clip in enumerate(clips) if not clip.item.regularisation]
+    return fixed_choice(plan, encoded, own or range(len(clips)), len(plan.clips))
+
+
 @torch.no_grad()
 def heldout_loss(
     transformer: WanTransformer3DModel,
@@ -47,6 +88,7 @@ def heldout_loss(
     facts: Variant,
     plan: HeldoutPlan,
     progress: Progress,
+    name: str = "held-out loss",
 ) -> HeldoutLoss:
     """Measure one expert. Bins have equal shares of the law: the mean of bins is the law's loss."""
     sigma_range = flow.expert_range(facts.boundary, expert)
@@ -54,28 +96,51 @@ def heldout_loss(
     was_training = transformer.training
     transformer.eval()
     losses = torch.zeros(len(plan.clips), plan.draws, plan.bins, dtype=torch.float64)
-    for clip in progress(range(len(losses)), f"held-out loss, {expert}"):
-        batch = _repeated(plan, clip)
-        name = plan.clips.clips[clip].name
-        draws = _draws(plan, sigma_range, expert, name, batch.latents.shape[1:])
-        errors = []
-        for start in range(0, len(draws.sigma), plan.batch_size):
-            part = slice(start, start + plan.batch_size)
-            draw = NoiseDraw(draws.sigma[part], draws.noise[part])
-            error = velocity_error(transformer, _part(batch, part), draw, facts)
-            errors.append(error.double().cpu())
+    for clip in progress(range(len(losses)), f"{name}, {expert}"):
+        errors = [
+            velocity_error(transformer, batch, draw, facts).double().cpu()
+            for batch, draw in samples_of(plan, sigma_range, expert, clip)
+        ]
         losses[clip] = torch.cat(errors).view(plan.draws, plan.bins)
     transformer.train(was_training)
     by_draw = losses.mean(-1).flatten()  # one estimate for each clip and draw
     return HeldoutLoss(
         expert=expert,
         mean=losses.mean().item(),
-        standard_error=(by_draw.std() / math.sqrt(len(by_draw))).item()
-        if len(by_draw) > 1
-        else 0.0,
+        standard_error=_error_of_mean(by_draw) if len(by_draw) > 1 else 0.0,
         bins=losses.mean(dim=(0, 1)).tolist(),
         edges=edges.tolist(),
+        by_draw=by_draw.tolist(),
     )
+
+
+def change(before: HeldoutLoss, after: HeldoutLoss) -> tuple[float, float]:
+    """How much a loss changed, and the standard error of that, over clips and draws.
+
+    Clips, noise and levels are the same, so their differences have far less spread than they have
+    themselves. The error is infinite if there is one estimate alone, or other clips.
+    """
+    error = math.inf
+    if len(before.by_draw) == len(after.by_draw) > 1:
+        pairs = torch.tensor([before.by_draw, after.by_draw], dtype=torch.float64)
+        error = _error_of_mean(pairs[1] - pairs[0])
+    return after.mean - before.mean, error
+
+
+def _error_of_mean(estimates: Tensor) -> float:
+    return (estimates.std() / math.sqrt(len(estimates))).item()
+
+
+def samples_of(
+    plan: HeldoutPlan, sigma_range: flow.SigmaRange, expert: Expert, clip: int
+) -> Iterator[tuple[Batch, NoiseDraw]]:
+    """All that is measured on a clip, in batches: draw by draw, and in each bin by bin."""
+    whole = _repeated(plan, clip)
+    name = plan.clips.clips[clip].name
+    draws = _draws(plan, sigma_range, expert, name, whole.latents.shape[1:])
+    for start in range(0, len(draws.sigma), plan.batch_size):
+        part = slice(start, start + plan.batch_size)
+        yield _part(whole, part), NoiseDraw(draws.sigma[part], draws.noise[part])
 
 
 def _repeated(plan: HeldoutPlan, clip: int) -> Batch:

@@ -1,0 +1,78 @@
+"""The strengths at which adapters are rendered, and distilled adapters beside them for few steps.
+
+All of it is undone afterwards, to the bit: training goes on with its adapters at 1 and nothing
+beside them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from train.rules import ConfigError
+from wan.adapter_layouts import pair_of
+from wan.experts import Experts
+from wan.lora import ADAPTER, adapter_layers
+from wan.lora_format import read_adapter
+from wan.strengths import adapter_strengths, load_adapter, set_strengths
+from wan.variants import Expert, Variant
+
+FEW_STEP = "few_step"  # the name of a distilled adapter on its expert
+
+
+def few_step_files(given: Sequence[str], facts: Variant) -> dict[Expert, Path]:
+    """The distilled adapter of each expert: of a pair either file means both.
+
+    One whose name tells no expert is for all. `ConfigError` for a file that is not there.
+    """
+    files: dict[Expert, Path] = {}
+    for path in map(Path, given):
+        if not path.is_file():
+            raise ConfigError(f"preview.distilled: {path} is no file; give a .safetensors file")
+        pair = pair_of(path)
+        found = dict.fromkeys(facts.experts, path) if "single" in pair else pair
+        if unknown := [expert for expert in found if expert not in facts.experts]:
+            raise ConfigError(
+                f"preview.distilled: {path} is named for the {unknown[0]} expert, but "
+                f"{facts.title} has {' and '.join(facts.experts)}; give a file that was made for it"
+            )
+        files |= found
+    return files
+
+
+@contextmanager
+def at_strengths(
+    experts: Experts, strengths: Mapping[Expert, float], few_step: Mapping[Expert, Path]
+) -> Iterator[None]:
+    """Within the block the trained adapters work at these strengths, 0 for an expert not named.
+
+    The distilled adapters of the files `few_step` are there too, at 1: at their speed.
+    """
+    loaded: list[Expert] = []
+    try:
+        for expert, path in few_step.items():
+            put_on(experts, expert, path, FEW_STEP)
+            loaded.append(expert)
+        for expert in experts:
+            wanted = {ADAPTER: strengths.get(expert, 0.0), FEW_STEP: 1.0}
+            known = adapter_strengths(experts[expert])
+            set_strengths(experts[expert], {n: s for n, s in wanted.items() if n in known})
+        yield
+    finally:
+        for expert in loaded:
+            experts[expert].delete_adapters(FEW_STEP)
+        for expert in experts:
+            if ADAPTER in adapter_strengths(experts[expert]):
+                set_strengths(experts[expert], {ADAPTER: 1.0})
+
+
+def put_on(experts: Experts, expert: Expert, path: Path, name: str) -> None:
+    """Add the finished adapter of a file to its expert, on the device; `ConfigError` if unfit."""
+    state, _, _ = read_adapter(path)
+    transformer = experts[expert]
+    try:
+        load_adapter(transformer, state, name)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not for the {expert} expert: {error}") from None
+    for layer in adapter_layers(transformer, name).values():  # blocks that stream are not there
+        layer.lora_A[name].to(transformer.device)
+        layer.lora_B[name].to(transformer.device)
