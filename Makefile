@@ -12,6 +12,7 @@ help: ## show these targets
 
 demo: .venv/.installed ## train two adapters on the embedded toy model and look at the videos (minutes, on a CPU)
 	$(LAUNCH) train/lora.py experiment=demo
+	$(BIN)/python -m tools.report outputs/demo
 
 test: .venv/.installed ## run the whole test suite
 	$(BIN)/pytest

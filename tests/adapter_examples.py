@@ -32,6 +32,7 @@ INFO = AdapterInfo(
     date="2026-01-02T03:04:05+00:00",
     trigger="bluefox",
     heldout_loss=0.125,
+    best_heldout_loss=0.0625,
 )
 
 

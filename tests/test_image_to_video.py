@@ -323,7 +323,7 @@ def test_a_preview_starts_from_its_image(home: Path, i2v: Model, ti2v: Model, na
     text = {"a fox": random(4, 32), "bad": random(3, 32)}
     vae = load_vae(model, torch.float32, CPU)
     experts = load_experts(model, torch.float32, CPU)
-    videos = render(plan, facts, experts, vae, text, toy_runs.silent)
+    videos = render(plan, facts, experts, vae, text, toy_runs.silent, print)
     first, other, again = (video.astype(int) for video in videos)
     rounding = np.abs(first - again).mean()  # in a batch
     assert rounding < 0.02

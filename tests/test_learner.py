@@ -1,4 +1,4 @@
-"""One expert in training: exact repetition, a frozen base, and a stop at the first NaN."""
+"""One expert in training: exact repetition, a frozen base, and no step on a NaN."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tests import toy_runs
 from tests.toy_runs import Training, batch_of, encoded, make_image, planned, start
 from train.config import Config
 from train.encode import EncodedDataset
-from train.learner import TrainingStopped, make_learner
+from train.learner import make_learner, step_places
 from train.optim import learning_rate_at
 from train.step import draw_noise, velocity_error
 from wan.checkpoints import Model, ModelPaths, find_model
@@ -201,14 +201,13 @@ def test_training_learns(folder: Path, model: Model, dataset: EncodedDataset) ->
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
-def test_gradient_checkpointing_changes_no_step(
+def test_what_blocks_keep_changes_no_step(
     folder: Path, model: Model, dataset: EncodedDataset
 ) -> None:
     states = []
-    for value in ("true", "false"):
-        config = config_of(folder, f"model.gradient_checkpointing={value}")
-        training = start(config, model, dataset)
-        assert training.experts["low"].is_gradient_checkpointing == (value == "true")
+    for keep in ("nothing", "everything"):
+        training = start(config_of(folder, f"speed.keep={keep}"), model, dataset)
+        assert set(training.learner.kept) == {keep}
         training.step(3)
         training.step(4)
         states.append(training.adapter())
@@ -227,7 +226,7 @@ def test_a_bf16_base_trains_fp32_adapters(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_before_the_update(
+def test_a_weight_that_is_not_finite_skips_the_step_and_is_told(
     folder: Path, model: Model, dataset: EncodedDataset, value: float
 ) -> None:
     config = config_of(folder, "accumulate=1")
@@ -238,32 +237,84 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
         learner.parameters[0][0, 0] = value
     before = training.adapter()
     moments = {k: v.clone() for k, v in learner.optimizer.state[learner.parameters[1]].items()}
-    with pytest.raises(TrainingStopped) as caught:
-        training.step(1)
-    message = str(caught.value)
-    assert "high expert, step 2" in message
-    assert "Lower high.learning_rate" in message
+    figures = training.step(1)
+    assert figures.problem is not None
+    assert figures.problem.startswith("step 2: the ")
+    assert "is not finite, nothing was updated" in figures.problem
+    for sigma in figures.sigmas.tolist():
+        assert f"sigma {sigma:.4f}" in figures.problem
     clips = planned(config).train
     for index in learner.order.indices(1):
-        assert clips[index].item.name in message
+        assert clips[index].item.name in figures.problem
     after = training.adapter()
     assert all(torch.equal(after[n].nan_to_num(), before[n].nan_to_num()) for n in after)
     state = learner.optimizer.state[learner.parameters[1]]
     assert all(torch.equal(state[name], moments[name]) for name in moments)
-    assert learner.steps_done == 1
+    assert all(parameter.grad is None for parameter in learner.parameters)
+    assert (learner.steps_done, learner.bad_steps, learner.bad_in_row) == (2, 1, 1)
 
 
-def test_a_stop_names_the_clips_of_all_passes(
+def test_a_good_step_ends_the_row_of_bad_ones_and_learns_as_if_they_had_not_been(
     folder: Path, model: Model, dataset: EncodedDataset
 ) -> None:
-    config = config_of(folder, "accumulate=2", "batch_size=1")
-    training = start(config, model, dataset)
-    order = training.learner.order
-    step = next(s for s in range(50) if order.indices(2 * s) != order.indices(2 * s + 1))
+    skipping = start(config_of(folder), model, dataset)
+    learner = skipping.learner
+    first = learner.parameters[0]
+    kept = first.detach().clone()
     with torch.no_grad():
-        training.learner.parameters[0][0, 0] = float("nan")
-    with pytest.raises(TrainingStopped) as caught:
-        training.step(step)
-    clips = planned(config).train
-    for place in (2 * step, 2 * step + 1):
-        assert clips[order.indices(place)[0]].item.name in str(caught.value)
+        first[0, 0] = float("nan")
+    assert skipping.step(0).problem
+    assert skipping.step(1).problem
+    assert learner.bad_in_row == 2
+    with torch.no_grad():
+        first.copy_(kept)
+    assert skipping.step(2).problem is None
+    assert (learner.bad_steps, learner.bad_in_row) == (2, 0)
+    other = start(config_of(folder), model, dataset)
+    other.step(2)
+    assert same(skipping.adapter(), other.adapter())
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step_too(
+    folder: Path, model: Model, dataset: EncodedDataset
+) -> None:
+    training = start(config_of(folder), model, dataset)
+    parameter = training.learner.parameters[1]
+    parameter.register_hook(lambda gradient: gradient * float("inf"))
+    before = training.adapter()
+    figures = training.step(0)
+    assert figures.problem is not None
+    assert "the gradient is not finite" in figures.problem
+    assert torch.isfinite(figures.losses).all()
+    assert same(training.adapter(), before)
+
+
+def test_only_the_clips_whose_loss_is_not_finite_are_named(
+    folder: Path, model: Model, dataset: EncodedDataset
+) -> None:
+    training = start(config_of(folder, "accumulate=2", "batch_size=1"), model, dataset)
+    order, clips = training.learner.order, planned(training.config).train
+    step = next(s for s in range(50) if order.indices(2 * s) != order.indices(2 * s + 1))
+    passes: list[int] = []
+
+    def spoil(_module: torch.nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        passes.append(1)
+        return output * float("nan") if len(passes) == 2 else output
+
+    training.experts["low"].patch_embedding.register_forward_hook(spoil)
+    problem = training.step(step).problem
+    assert problem is not None
+    assert "the loss is not finite" in problem
+    (good,), (bad,) = order.indices(2 * step), order.indices(2 * step + 1)
+    assert clips[bad].item.name in problem
+    assert clips[good].item.name not in problem
+
+
+def test_steps_of_other_sizes_take_the_items_where_the_last_ended(
+    folder: Path, model: Model, dataset: EncodedDataset
+) -> None:
+    learner = start(config_of(folder), model, dataset).learner
+    assert list(step_places(learner, 3, 2, 2)) == [12, 13, 14, 15]
+    learner.first_place = 12 - 3 * 1  # three steps of 4 batches; now a step has one
+    assert list(step_places(learner, 3, 1, 1)) == [12]
+    assert list(step_places(learner, 4, 1, 1)) == [13]

@@ -9,15 +9,12 @@ from wan.lora import (
     adapter_layers,
     adapter_parameters,
     adapter_state,
-    adapter_strengths,
     attach,
     delta_norms,
-    load_adapter,
     load_adapter_state,
-    set_strengths,
     target_modules,
-    without_adapter,
 )
+from wan.strengths import adapter_strengths, load_adapter, set_strengths, without_adapter
 
 
 def adapted(

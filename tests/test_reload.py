@@ -15,6 +15,7 @@ from wan.experts import Experts, load_experts
 from wan.lora import adapter_layers, adapter_parameters, adapter_state, attach, target_modules
 from wan.lora_format import export_adapter
 from wan.reload import TOLERANCE, reload_errors
+from wan.speed import blocks_of, prepare_blocks
 from wan.variants import EXPERTS, Expert, variant
 
 TINY = variant("tiny")
@@ -73,6 +74,17 @@ def test_what_was_exported_in_fp32_is_what_was_trained(tmp_path: Path, experts: 
     errors = errors_of(experts, export(tmp_path, experts))
     assert set(errors) == {"high", "low"}
     assert all(error < 1e-4 for error in errors.values())
+
+
+def test_blocks_that_are_prepared_are_so_afterwards(tmp_path: Path, experts: Experts) -> None:
+    """What `wan.speed` gave them takes other arguments than the library's forward hands over."""
+    prepared = blocks_of(experts["low"])
+    prepare_blocks(experts["low"], ("nothing",) * len(prepared), False, torch.device("cpu"))
+    forwards = [block.forward for block in prepared]
+    errors = errors_of(experts, export(tmp_path, experts))
+    assert all(error < 1e-4 for error in errors.values())
+    assert [block.forward for block in prepared] == forwards
+    assert all("forward" not in vars(block) for block in blocks_of(experts["high"]))
 
 
 def test_rounding_to_bf16_is_seen_and_small(tmp_path: Path, experts: Experts) -> None:

@@ -9,15 +9,17 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 
+from data.items import Dropped
 from tests import toy_runs
 from train.compose import resolved_yaml, trained_experts
 from train.config import Config
+from train.dataset import Clips
 from train.encode import EncodedDataset
 from train.export import Exporter
 from train.learner import Learner, make_learner
 from train.lora import check
 from train.rules import ConfigError
-from train.run_folder import open_run_folder, write_summary
+from train.run_folder import open_run_folder, write_dataset, write_summary
 from train.validate import HeldoutLoss
 from wan.checkpoints import Model, ModelPaths, component_hash, find_model
 from wan.experts import Experts, load_experts
@@ -78,7 +80,9 @@ def metadata(path: Path) -> dict[str, str]:
 
 def test_the_folder_is_empty_but_for_the_settings(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    folder = open_run_folder(config, Accelerator())
+    opened = open_run_folder(config, Accelerator())
+    assert (opened.checkpoint, opened.finished) == (None, False)
+    folder = opened.path
     assert folder == tmp_path / "out" / "toy"
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
     assert (folder / "config.yaml").read_text() == resolved_yaml(config)
@@ -88,7 +92,7 @@ def test_earlier_runs_are_moved_aside_and_nothing_is_lost(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for run in range(3):
-        folder = open_run_folder(config_of(tmp_path, f"seed={run}"), Accelerator())
+        folder = open_run_folder(config_of(tmp_path, f"seed={run}"), Accelerator()).path
         assert [path.name for path in folder.iterdir()] == ["config.yaml"]
         (folder / "samples").mkdir()
         (folder / "samples" / "sheet.png").write_text(f"run {run}")
@@ -98,6 +102,23 @@ def test_earlier_runs_are_moved_aside_and_nothing_is_lost(
         assert (names[name] / "samples" / "sheet.png").read_text() == f"run {run}"
         assert f"\nseed: {run}\n" in (names[name] / "config.yaml").read_text()
     assert f"{names['toy']} was moved to {names['toy-2']}" in caplog.text
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_again_in_its_folder(
+    tmp_path: Path,
+) -> None:
+    config = config_of(tmp_path)
+    folder = open_run_folder(config, Accelerator()).path
+    write_dataset(folder, Clips([], [], {}, [Dropped("a.png", "is empty")], []))
+    found = json.loads((folder / "dataset.json").read_text())
+    assert found["dropped"] == [{"name": "a.png", "reason": "is empty"}]
+    for name in (".dataset.json.partial", "report.html", "metrics.jsonl"):
+        (folder / name).write_text("")
+    open_run_folder(config, Accelerator())
+    assert [path.name for path in folder.parent.iterdir()] == ["toy"]
+    (folder / "evaluation").mkdir()  # somebody made it of this run
+    open_run_folder(config, Accelerator())
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["toy", "toy-1"]
 
 
 def test_a_taken_name_is_passed_over(tmp_path: Path) -> None:
@@ -141,8 +162,8 @@ def test_the_pair_is_named_for_the_run_and_the_experts(
 ) -> None:
     config = config_of(home, "export.dtype=float32")
     experts, learners = trained(config, model, dataset)
-    exporter = Exporter(config, model, dataset, tmp_path)
-    files = exporter.write(tmp_path, "toy", experts, learners, LOSSES)
+    exporter = Exporter(config, model, dataset)
+    files = exporter.write(tmp_path, "toy", experts, learners, LOSSES, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "toy_high_noise.safetensors", "toy_low_noise.safetensors",
     ]  # fmt: skip
@@ -163,8 +184,8 @@ def test_files_say_what_they_were_trained_from(
         home, "data.trigger=zorbi", "export.author=Ada", "low.learning_rate=0.5", "seed=3"
     )
     experts, learners = trained(config, model, dataset)
-    exporter = Exporter(config, model, dataset, tmp_path)
-    files = exporter.write(tmp_path, "toy", experts, learners, LOSSES)
+    exporter = Exporter(config, model, dataset)
+    files = exporter.write(tmp_path, "toy", experts, learners, LOSSES, {})
     high, low = (metadata(files[expert].path) for expert in EXPERTS)
     assert high["ss_steps"] == "5"
     assert low["ss_steps"] == "6"
@@ -187,8 +208,8 @@ def test_dates_are_iso_with_a_time_zone(
     tmp_path: Path, home: Path, model: Model, dataset: EncodedDataset
 ) -> None:
     config = config_of(home)
-    exporter = Exporter(config, model, dataset, tmp_path)
-    files = exporter.write(tmp_path, "toy", *trained(config, model, dataset), [])
+    exporter = Exporter(config, model, dataset)
+    files = exporter.write(tmp_path, "toy", *trained(config, model, dataset), [], {})
     date = datetime.fromisoformat(metadata(files["low"].path)["modelspec.date"])
     assert date.tzinfo is not None
     assert date.microsecond == 0
@@ -198,28 +219,10 @@ def test_one_trained_expert_gives_one_file(
     tmp_path: Path, home: Path, model: Model, dataset: EncodedDataset
 ) -> None:
     config = config_of(home, "experts=[low]")
-    exporter = Exporter(config, model, dataset, tmp_path)
-    files = exporter.write(tmp_path, "toy", *trained(config, model, dataset), [])
+    exporter = Exporter(config, model, dataset)
+    files = exporter.write(tmp_path, "toy", *trained(config, model, dataset), [], {})
     assert list(files) == ["low"]
     assert [path.name for path in tmp_path.iterdir()] == ["toy_low_noise.safetensors"]
-
-
-def test_checkpoints_are_whole_files_that_sort_by_step(
-    tmp_path: Path, home: Path, model: Model, dataset: EncodedDataset
-) -> None:
-    config = config_of(home)
-    experts, learners = trained(config, model, dataset)
-    exporter = Exporter(config, model, dataset, tmp_path)
-    for done in (1000, 200):
-        exporter.write_checkpoint(experts, learners, done, LOSSES)
-    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == [
-        "toy_000000200_high_noise.safetensors", "toy_000000200_low_noise.safetensors",
-        "toy_000001000_high_noise.safetensors", "toy_000001000_low_noise.safetensors",
-    ]  # fmt: skip
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
-    state, _, _ = read_adapter(tmp_path / "checkpoints" / names[0])
-    assert state.keys() == adapter_state(experts["high"]).keys()
 
 
 @pytest.mark.parametrize("name", ["my_checkpoint", "Optimizer2", "scheduler"])
@@ -228,4 +231,4 @@ def test_a_name_that_cannot_be_exported_is_told_before_training(
 ) -> None:
     # export_adapter refuses it, after all the training
     with pytest.raises(ValueError, match=rf"name.*{name}"):
-        check(config_of(home, f"name={name}", f"model.path={toy_model}"), toy_runs.silent)
+        check(config_of(home, f"name={name}", f"model.path={toy_model}"), CPU, toy_runs.silent)

@@ -40,8 +40,8 @@ def pair(tmp_path: Path) -> dict[str, Path]:
         info = replace(INFO, expert=expert)
         files[expert] = export_adapter(folder, "fox", random_state(seed), info, torch.float32).path
         if expert == "high":
-            checkpoints = folder / "checkpoints"
-            export_adapter(checkpoints, "fox_000000500", random_state(3), info, torch.float32)
+            checkpoint = folder / "checkpoints" / "step_000000500"
+            export_adapter(checkpoint, "fox_000000500", random_state(3), info, torch.float32)
     (folder / "config.yaml").write_text("name: fox\nlora:\n  rank: 4\n")
     return files
 

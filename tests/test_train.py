@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.toy_runs import silent
+from tests.toy_runs import CPU, silent
 from train import compose as settings
 from train.lora import check, train
 
@@ -193,14 +193,14 @@ def test_previews_are_written_beside_the_base(tmp_path: Path, cache: Path) -> No
 def test_a_mistake_is_told_before_anything_is_loaded(override: str, words: list[str]) -> None:
     """`check` reads headers only: nothing is encoded, loaded or written when it refuses."""
     with pytest.raises(ValueError, match=r"\w") as error:
-        check(settings.compose([*SHORT, override]), silent)
+        check(settings.compose([*SHORT, override]), CPU, silent)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_mistakes_in_the_data_folder_are_told_with_the_file(tmp_path: Path) -> None:
     def message() -> str:
         with pytest.raises(ValueError, match=r"\w") as error:
-            check(settings.compose([*SHORT, f"data.path={tmp_path}"]), silent)
+            check(settings.compose([*SHORT, f"data.path={tmp_path}"]), CPU, silent)
         return str(error.value)
 
     assert "no video or image" in message()

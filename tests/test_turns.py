@@ -2,17 +2,17 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from itertools import groupby
+from itertools import groupby, islice
 
 import pytest
 
-from train.turns import is_due, turns
+from train.turns import Turns, is_due
 from wan.variants import Expert
 
 
 def turn_lengths(steps: Mapping[Expert, int], turn_steps: int) -> list[tuple[Expert, int]]:
     """Who works for how long, in order."""
-    order = [expert for expert, _ in turns(steps, turn_steps)]
+    order = [expert for expert, _ in Turns(steps, turn_steps)]
     return [(expert, len(list(turn))) for expert, turn in groupby(order)]
 
 
@@ -40,16 +40,54 @@ def test_a_turn_as_long_as_the_run_trains_one_after_the_other(turn_steps: int) -
 
 
 def test_one_expert_alone_works_all_the_time() -> None:
-    assert list(turns({"low": 3}, 2)) == [("low", 0), ("low", 1), ("low", 2)]
+    assert list(Turns({"low": 3}, 2)) == [("low", 0), ("low", 1), ("low", 2)]
 
 
 @pytest.mark.parametrize("turn_steps", [1, 3, 4, 50])
 def test_every_step_is_done_once_and_in_order(turn_steps: int) -> None:
     steps: dict[Expert, int] = {"high": 11, "low": 4}
-    done = list(turns(steps, turn_steps))
+    done = list(Turns(steps, turn_steps))
     assert Counter(expert for expert, _ in done) == steps
     for expert, count in steps.items():
         assert [step for who, step in done if who == expert] == list(range(count))
+
+
+@pytest.mark.parametrize("turn_steps", [1, 3, 4, 50])
+def test_who_comes_after_the_next_step_is_known_ahead(turn_steps: int) -> None:
+    steps: dict[Expert, int] = {"high": 11, "low": 4}
+    whole = list(Turns(dict(steps), turn_steps))
+    turns = Turns(dict(steps), turn_steps)
+    coming = [turns.after_next() for _ in turns]
+    assert coming == [*(expert for expert, _ in whole[2:]), None, None]
+
+
+def test_who_comes_is_asked_anew_when_an_expert_ends_early() -> None:
+    turns = Turns({"high": 6, "low": 6}, 3)
+    next(iter(turns))
+    turns.end("low")
+    assert [turns.after_next() for _ in turns] == ["high", "high", "high", None, None]
+
+
+@pytest.mark.parametrize("turn_steps", [1, 3, 4, 50])
+def test_turns_go_on_from_any_step_as_if_never_left(turn_steps: int) -> None:
+    steps: dict[Expert, int] = {"high": 11, "low": 4}
+    whole = list(Turns(steps, turn_steps))
+    for stop in range(len(whole) + 1):
+        left = Turns(steps, turn_steps)
+        begun = list(islice(left, stop))
+        again = Turns(steps, turn_steps, dict(left.done), left.expert, left.in_turn)
+        assert begun + list(again) == whole
+
+
+def test_a_longer_run_goes_on_after_a_shorter_one() -> None:
+    short = Turns({"high": 4, "low": 2}, 2)
+    assert len(list(short)) == 6
+    longer = Turns({"high": 5, "low": 4}, 2, dict(short.done), short.expert, short.in_turn)
+    assert list(longer) == [("low", 2), ("low", 3), ("high", 4)]
+
+
+def test_fewer_steps_than_done_leave_nothing_to_do() -> None:
+    assert list(Turns({"high": 3}, 2, {"high": 5}, "high", 1)) == []
 
 
 def test_is_due_every_so_many_steps_and_always_at_the_end() -> None:

@@ -14,6 +14,7 @@ from omegaconf.errors import ValidationError
 
 from train.config import EMBEDDED, Config, SourceConfig, schema
 from train.rules import ConfigError, Key, check_value, keys_of
+from wan.lora import BLOCK_LINEARS, PRESETS, module_ranks, target_modules
 from wan.variants import VARIANTS, Expert
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -23,6 +24,8 @@ def unknown_key(path: str, keys: Mapping[str, Key]) -> ConfigError:
     """The error for a key that is none of `keys`, with those that look like it."""
     if path.startswith("optim.args."):
         return ConfigError(f"{path} is not set yet: to add it, write +{path}=…")
+    if path.startswith("lora.rank_pattern."):
+        return ConfigError("to add to lora.rank_pattern, write '+lora.rank_pattern={REGEX: RANK}'")
     groups = {
         folder.name: f"a file of conf/{folder.name}" for folder in CONF.iterdir() if folder.is_dir()
     }
@@ -79,8 +82,8 @@ def _source_keys(prefix: str) -> list[Key]:
 
 
 def _leaves(value: object, path: str) -> dict[str, object]:
-    # The keys of optim.args are the optimizer's.
-    if not isinstance(value, dict) or path == "optim.args" or not value:
+    # The keys of optim.args are the optimizer's, those of lora.rank_pattern the user's.
+    if not isinstance(value, dict) or path in ("optim.args", "lora.rank_pattern") or not value:
         return {path: value}
     inner = [_leaves(item, f"{path}.{name}".strip(".")) for name, item in value.items()]
     return {name: item for leaves in inner for name, item in leaves.items()}
@@ -115,8 +118,11 @@ def trained_experts(config: Config) -> tuple[Expert, ...]:
 
 def _check_together(config: Config) -> None:
     _check_model(config)
+    _check_experts(config)
     _check_data(config)
     _check_condition(config)
+    _check_looks(config)
+    _check_lora(config)
     timesteps, optim = config.timesteps, config.optim
     if timesteps.base == "uniform" and timesteps.scale != 1:
         raise ConfigError(
@@ -125,6 +131,11 @@ def _check_together(config: Config) -> None:
         )
     if "lr" in optim.args:
         raise ConfigError("optim.args has lr: the learning rate is set as optim.learning_rate.")
+    if optim.name == "torch.optim.Muon" and config.lora.kind == "dora":
+        raise ConfigError(
+            "optim.name is torch.optim.Muon, which takes matrices alone, but lora.kind=dora has "
+            "vectors too. Use optim=adamw, or set lora.kind=lora."
+        )
     for expert in trained_experts(config):
         steps = attrgetter(f"{expert}.steps")(config)
         if optim.warmup_steps >= steps:
@@ -153,6 +164,67 @@ def _check_model(config: Config) -> None:
                 f"model.{expert} is {getattr(model, expert)}, but {facts.title} has one "
                 "transformer: give it as model.path."
             )
+
+
+def _check_experts(config: Config) -> None:
+    """Settings of an expert that the model does not have would be read by nothing."""
+    facts = VARIANTS[config.model.variant]
+    derived = {
+        "rank": config.lora.rank,
+        "alpha": config.lora.alpha,
+        "learning_rate": config.optim.learning_rate,
+        "steps": config.steps,
+    }
+    for expert in ("high", "low", "single"):
+        for name, value in derived.items():
+            found = attrgetter(f"{expert}.{name}")(config)
+            if expert not in facts.experts and found != value:
+                raise ConfigError(
+                    f"{expert}.{name} is {found:g}, which has no effect with model.variant="
+                    f"{facts.name}: it has {' and '.join(facts.experts)}. Set "
+                    f"{facts.experts[0]}.{name}, or leave it out."
+                )
+
+
+def lora_ranks(config: Config, rank: int) -> dict[str, int]:
+    """The rank of each linear that gets an adapter, for an expert of this rank."""
+    layers = VARIANTS[config.model.variant].transformer.layers
+    linears = [f"blocks.{i}.{linear}" for i in range(layers) for linear in BLOCK_LINEARS]
+    targets, pattern = config.lora.targets, config.lora.rank_pattern
+    chosen = target_modules(targets) if targets in PRESETS else targets
+    try:
+        return module_ranks(linears, chosen, rank, pattern)
+    except ValueError as error:
+        raise ConfigError(
+            f"lora.targets is {targets}, lora.rank_pattern {pattern}: {error}. Layers are called "
+            f"{linears[0]} to {linears[-1]}; presets of targets are {', '.join(PRESETS)}."
+        ) from None
+
+
+def _check_lora(config: Config) -> None:
+    lora = config.lora
+    lora_ranks(config, lora.rank)
+    if lora.kind in ("loha", "lokr"):
+        if lora.init is not None:
+            raise ConfigError(
+                f"lora.init is {lora.init}, but lora.kind is {lora.kind}, which no file's product "
+                "can be turned into. Set lora.kind=lora, rslora or dora, or leave lora.init out."
+            )
+        if config.optim.b_ratio != 1:
+            raise ConfigError(
+                f"optim.b_ratio is {config.optim.b_ratio:g}, but lora.kind is {lora.kind}, which "
+                "has no factors A and B. Leave one of the two out."
+            )
+    if lora.ema is not None and config.optim.name.startswith("schedulefree"):
+        raise ConfigError(
+            f"lora.ema is {lora.ema:g}, but {config.optim.name} keeps an average by itself. Leave "
+            "lora.ema out."
+        )
+    if config.export.weights != "live" and lora.ema is None:
+        raise ConfigError(
+            f"export.weights is {config.export.weights}, but lora.ema is null: there is no average "
+            "to export. Set lora.ema=0.999, or export.weights=live."
+        )
 
 
 def _check_data(config: Config) -> None:
@@ -188,8 +260,35 @@ def _check_data(config: Config) -> None:
             )
 
 
+def _check_looks(config: Config) -> None:
+    preview = config.preview
+    if config.eval.early_stop and config.eval.every == 0:
+        raise ConfigError(
+            "eval.early_stop is true, but eval.every is 0: nothing is measured on the way. Set "
+            "eval.every=250, or leave early_stop out."
+        )
+    for name in ("steps", "shift", "guidance_high", "guidance_low"):
+        value = getattr(preview, name)
+        if preview.distilled and value is not None:
+            raise ConfigError(
+                f"preview.{name} is {value:g}, which has no effect next to preview.distilled: its "
+                "adapters need settings of their own. Leave one of the two out."
+            )
+    if preview.grid and len(trained_experts(config)) < 2:
+        raise ConfigError(
+            "preview.grid is true, but one expert alone is trained: there is no other adapter to "
+            "leave out. Leave it out."
+        )
+
+
 def _check_condition(config: Config) -> None:
     facts, condition, preview = VARIANTS[config.model.variant], config.condition, config.preview
+    if facts.conditioning == "channels" and config.data.frames == 1:
+        raise ConfigError(
+            f"data.frames is 1, but model.variant is {facts.name}, which learns how an image moves "
+            "on: with images alone there is nothing to learn. Set data.frames=81, or train "
+            "model=t2v_a14b."
+        )
     for name, needed in (("first_frame", "first_frame"), ("last_frame", "channels")):
         value = getattr(condition, name)
         if value is not None and facts.conditioning != needed:

@@ -22,11 +22,13 @@ from train.rules import (
     EXPERT_LIST,
     FILE_NAME,
     FRAMES,
+    INNER_SHARE,
     NOT_BLANK,
     NOT_NEGATIVE,
     PIXELS,
     POSITIVE,
     PROBABILITY,
+    RANKS,
     SCALES,
     SEEDS,
     SHARE,
@@ -36,6 +38,9 @@ from train.rules import (
     keys_of,
     one_of,
 )
+from wan.adapter_kinds import KINDS
+from wan.lora import PRESETS
+from wan.speed import BACKENDS, KEEPS
 from wan.variants import VARIANTS
 
 EMBEDDED = "embedded"  # model.path of the model that lies in this repository, wan/tiny
@@ -69,9 +74,6 @@ class ModelConfig:
     dtype: str = key(
         "bfloat16", "number format of the frozen weights", rule=one_of("bfloat16", "float32")
     )
-    gradient_checkpointing: bool = key(
-        True, "compute activations twice instead of keeping them: less memory, a third more time"
-    )
 
 
 @dataclass
@@ -90,12 +92,27 @@ class SourceConfig:
 
 @dataclass
 class SpeedConfig:
-    """Where the parts of a model wait for their turn."""
+    """How the model fits the card and how fast it runs; the presets of `conf/speed` set it."""
 
     placement: str = key(
         "swap",
-        "the expert that is not at work: in host memory, or beside the other on the device",
-        rule=one_of("swap", "resident"),
+        "where frozen weights wait: all on the device; the expert not at work in host memory; or "
+        "all in host memory, block by block to the device",
+        rule=one_of("resident", "swap", "stream"),
+    )
+    frozen: str | None = key(
+        None,
+        "number format of the frozen linears; null = model.dtype, or as a GGUF file has them",
+        rule=one_of("fp8", "fp8_weights", "int8", "nf4"),
+    )
+    attention: str = key(
+        "auto", "kernel of attention; auto = PyTorch's choice", rule=one_of(*BACKENDS)
+    )
+    compile: bool | None = key(None, "compile the blocks; null = where there is a GPU")
+    keep: str = key(
+        "auto",
+        "activations that a step keeps rather than computes twice; auto = as fits the card",
+        rule=one_of("auto", *KEEPS),
     )
 
 
@@ -175,12 +192,22 @@ class LoraConfig:
         "",
         POSITIVE,
     )
+    rank_pattern: dict[str, int] = key(
+        {}, "ranks of some layers, by regexes over their names; their scale stays", "", RANKS
+    )
     targets: str = key(
         "all",
-        "layers that get an adapter",
-        rule=one_of("all", "attention", "self_attention", "ffn"),
+        f"layers that get an adapter: {', '.join(PRESETS)}, or a regex over their names",
+        rule=NOT_BLANK,
     )
     dropout: float = key(0.0, "dropout on the adapters' input", "share", PROBABILITY)
+    kind: str = key("lora", "what an adapter computes beside a layer", rule=one_of(*KINDS))
+    init: str | None = key(
+        None, "adapter file to start from; of a pair, either one", "path", NOT_BLANK
+    )
+    ema: float | None = key(
+        None, "decay of an average of the adapters over the steps; null = none", "", INNER_SHARE
+    )
 
 
 @dataclass
@@ -189,9 +216,9 @@ class OptimConfig:
 
     name: str = key("torch.optim.AdamW", "class of the optimizer", rule=DOTTED_NAME)
     learning_rate: float = key(1e-4, "peak learning rate of both experts", rule=POSITIVE)
-    args: dict[str, Any] = key(
-        {"betas": [0.9, 0.99], "weight_decay": 0.01}, "further arguments of the optimizer's class"
-    )
+    b_ratio: float = key(1.0, "learning rate of B over that of A; 16 = LoRA+", rule=POSITIVE)
+    # Empty: OmegaConf would give another optimizer what is the default of this one.
+    args: dict[str, Any] = key({}, "further arguments of the optimizer's class")
     warmup_steps: int = key(
         20, "steps in which the learning rate rises from 0", "optimizer steps", COUNT_OR_0
     )
@@ -220,6 +247,10 @@ class EvalConfig:
     every: int = key(250, "steps between measurements; 0 = before and after", "steps", COUNT_OR_0)
     bins: int = key(8, "noise bins of each expert", "bins", COUNT)
     draws: int = key(2, "noise draws of each held-out clip in each bin", "draws", COUNT)
+    patience: int = key(
+        3, "measurements of an expert without progress before the run says so", "", COUNT
+    )
+    early_stop: bool = key(False, "then train that expert no further; the other goes on")
 
 
 @dataclass
@@ -242,6 +273,11 @@ class PreviewConfig:
     height: int | None = key(None, "height of a preview", "pixels", PIXELS)
     width: int | None = key(None, "width of a preview", "pixels", PIXELS)
     negative_prompt: str | None = key(None, "what previews are guided away from")
+    grid: bool = key(False, "also render with each of the two adapters alone")
+    distilled: list[str] = key([], "few-step adapters to render with, in 4 steps", "paths")
+    budget: float | None = key(
+        None, "most share of the run's time for previews on the way", "share", INNER_SHARE
+    )
 
 
 @dataclass
@@ -255,6 +291,14 @@ class TrackingConfig:
         rule=one_of("auto", "online", "offline", "disabled"),
     )
     log_every: int = key(10, "steps between logged values", "steps", COUNT)
+    group: str | None = key(
+        None, "runs to show as one; null = those of the same data and settings", rule=NOT_BLANK
+    )
+    others: list[str] = key([], "trackers beside W&B, of those that accelerate knows")
+    floor: float | None = key(
+        None, "time that one clip's kernels take alone, to log the use of the card", "seconds",
+        POSITIVE,
+    )  # fmt: skip
 
 
 @dataclass
@@ -262,6 +306,10 @@ class CheckpointConfig:
     """What is kept on the way."""
 
     every: int = key(500, "steps between checkpoints; 0 = only at the end", "steps", COUNT_OR_0)
+    keep: int = key(3, "newest checkpoints that are kept, beside the best", "folders", COUNT)
+    time_limit: float | None = key(
+        None, "time after which the run saves and ends, to be continued", "hours", POSITIVE
+    )
 
 
 @dataclass
@@ -270,6 +318,12 @@ class ExportConfig:
 
     dtype: str = key(
         "bfloat16", "number format of the files", rule=one_of("bfloat16", "float16", "float32")
+    )
+    weights: str = key(
+        "live",
+        "the adapters as they are, their average (lora.ema), or a pair of each; measured are the "
+        "first that are written",
+        rule=one_of("live", "ema", "both"),
     )
     author: str | None = key(None, "author, written into the files", rule=NOT_BLANK)
     title: str | None = key(None, "title, written into the files; null = name", rule=NOT_BLANK)
@@ -293,6 +347,22 @@ class Config:
     )
     batch_size: int = key(1, "clips in one forward pass", "clips", COUNT)
     accumulate: int = key(1, "forward passes in one optimizer step", "passes", COUNT)
+    max_bad_steps: int = key(
+        10,
+        "most steps in a row whose loss or gradient is not finite",
+        "optimizer steps",
+        COUNT_OR_0,
+    )
+    resume: str = key(
+        "auto",
+        "auto = go on with the run in output_dir; never = start over; or a checkpoint's folder",
+        "path",
+        NOT_BLANK,
+    )
+    resume_reason: str | None = key(
+        None, "why a run goes on with settings that make it another one", rule=NOT_BLANK
+    )
+    dry_run: bool = key(False, "try every kind of step on a toy model, and write nothing")
     model: ModelConfig = field(default_factory=ModelConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     data: DataConfig = field(default_factory=DataConfig)

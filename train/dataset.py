@@ -1,10 +1,10 @@
 """The user's datasets become clips: what is read, what is held out, and what is dropped and why."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from data.buckets import Clip, ClipSettings, plan_clips
+from data.buckets import Clip, ClipSettings, describe_buckets, plan_clips
 from data.files import FileFacts, read_files
 from data.items import DataError, Dropped, Item, Source, raise_problems
 from data.sources import read_name_list, read_source, split_heldout
@@ -158,6 +158,19 @@ def _split(
             f"{data.heldout_path} too: they are only measured on"
         )
     return kept, [*heldout, *apart]
+
+
+def overview(clips: Clips) -> dict[str, object]:
+    """How many clips of which shapes are used, and what is not and why, for programs."""
+    sides = {"train": clips.train, "heldout": clips.heldout}
+    used = {
+        side: {
+            "clips": len(chosen),
+            "shapes": {f"{b.frames}x{b.height}x{b.width}": n for b, n in describe_buckets(chosen)},
+        }
+        for side, chosen in sides.items()
+    }
+    return {**used, "dropped": [asdict(entry) for entry in clips.dropped], "notes": clips.notes}
 
 
 def check_sides(clips: Clips, data: DataConfig) -> None:

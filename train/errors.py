@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import yaml
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -20,6 +21,16 @@ from train.config import schema
 from train.learner import TrainingStopped
 from train.rules import ConfigError
 from wan.checkpoints import ModelError
+
+# What Hydra raises for some settings that are none: it has no class of its own for them.
+RAISED_BY_HYDRA = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    RecursionError,
+)
 
 
 @contextmanager
@@ -44,6 +55,29 @@ def clear_errors() -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # under a launcher, one process speaks for all
             sys.stderr.write(f"error: {explain(error)}\n")
         raise SystemExit(2) from None
+    except (*RAISED_BY_HYDRA, yaml.YAMLError) as error:
+        if not isinstance(error, yaml.YAMLError) and not _reads_settings(error):
+            raise
+        found = str(error).strip().splitlines() or [type(error).__name__]
+        sys.stderr.write(
+            f"error: the settings cannot be read ({found[0][:200]!a}); correct what you typed, or "
+            f"the file of conf that you chose{_line(error)}\n"
+        )
+        raise SystemExit(2) from None
+
+
+def _reads_settings(error: Exception) -> bool:
+    """Whether Hydra, or what it reads with, raised this itself, and not the program inside it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
+    return module.split(".")[0] in ("hydra", "omegaconf", "yaml", "antlr4", "codecs")
+
+
+def _line(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f" (line {mark.line + 1})" if mark is not None else ""
 
 
 def explain(error: Exception) -> str:

@@ -4,17 +4,21 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 
 import torch
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
 from train.compose import resolved_yaml
 from train.config import Config
+from train.ema import averaged
 from train.encode import EncodedDataset
-from train.learner import Learner
+from train.learner import Learner, as_used
 from train.validate import HeldoutLoss
+from wan.adapter_kinds import Kind
 from wan.checkpoints import Model, component_hash
 from wan.experts import Experts
-from wan.lora import adapter_state
+from wan.lora import finished_state
 from wan.lora_format import ExportedFile, export_adapter
 from wan.lora_metadata import AdapterInfo
 from wan.variants import Expert
@@ -23,15 +27,14 @@ from wan.variants import Expert
 class Exporter:
     """Writes pairs of one run: what they share is gathered once, before training starts."""
 
-    def __init__(self, config: Config, model: Model, dataset: EncodedDataset, folder: Path) -> None:
+    def __init__(self, config: Config, model: Model, dataset: EncodedDataset) -> None:
         self._config = config
-        self._folder = folder
         self._variant = model.variant
         self._started = datetime.now(UTC)
         self._config_hash = hashlib.sha256(resolved_yaml(config).encode()).hexdigest()
         self._dataset_hash = dataset.fingerprint()
         self._num_items = len(dataset.train)
-        self._base_hash = {
+        self.base_hash: dict[Expert, str] = {
             expert: component_hash(model, expert) for expert in model.variant.experts
         }
 
@@ -42,32 +45,32 @@ class Exporter:
         experts: Experts,
         learners: Mapping[Expert, Learner],
         losses: Sequence[HeldoutLoss],
+        best: Mapping[Expert, float],
     ) -> dict[Expert, ExportedFile]:
-        """One file for each trained expert: its adapter as it is, and its last held-out loss."""
+        """One file for each trained expert: its adapter as it is used, its last held-out loss and
+        its `best` one.
+
+        With `export.weights=both` the averages lie beside them, as `<name>_ema`.
+        """
         loss_of = {loss.expert: loss.mean for loss in losses}
-        return {
-            expert: export_adapter(
-                target,
-                name,
-                adapter_state(experts[expert]),
-                self._info(learner, loss_of.get(expert)),
-                getattr(torch, self._config.export.dtype),
-            )
-            for expert, learner in learners.items()
-        }
+        written: dict[Expert, ExportedFile] = {}
+        for expert, learner in learners.items():
+            with as_used({expert: learner}):
+                info = self._info(learner, loss_of.get(expert), best.get(expert))
+                written[expert] = self._write(target, name, experts[expert], info)
+            if self._config.export.weights == "both":
+                with averaged(learner):
+                    info = self._info(learner, None, None)  # the losses were measured without
+                    self._write(target, f"{name}_ema", experts[expert], info)
+        return written
 
-    def write_checkpoint(
-        self,
-        experts: Experts,
-        learners: Mapping[Expert, Learner],
-        done: int,
-        losses: Sequence[HeldoutLoss],
-    ) -> None:
-        """The pair after `done` steps of the run, in files that load everywhere, like the last."""
-        name = f"{self._config.name}_{done:09d}"
-        self.write(self._folder / "checkpoints", name, experts, learners, losses)
+    def _write(
+        self, target: Path, name: str, transformer: WanTransformer3DModel, info: AdapterInfo
+    ) -> ExportedFile:
+        dtype = getattr(torch, self._config.export.dtype)
+        return export_adapter(target, name, finished_state(transformer), info, dtype)
 
-    def _info(self, learner: Learner, loss: float | None) -> AdapterInfo:
+    def _info(self, learner: Learner, loss: float | None, best: float | None) -> AdapterInfo:
         config, export = self._config, self._config.export
         return AdapterInfo(
             title=export.title or config.name,
@@ -75,6 +78,8 @@ class Exporter:
             expert=learner.expert,
             rank=learner.settings.rank,
             alpha=learner.settings.alpha,
+            kind=cast("Kind", config.lora.kind),
+            weights="ema" if learner.shows_ema else "live",
             targets=config.lora.targets,
             steps=learner.steps_done,
             learning_rate=learner.settings.learning_rate,
@@ -85,7 +90,7 @@ class Exporter:
             shift=config.timesteps.shift,
             timestep_law=config.timesteps.base,
             config_sha256=self._config_hash,
-            base_hash=self._base_hash[learner.expert],
+            base_hash=self.base_hash[learner.expert],
             dataset_hash=self._dataset_hash,
             pair_id=hashlib.sha256(
                 f"{self._config_hash} {self._dataset_hash}".encode()
@@ -94,6 +99,7 @@ class Exporter:
             started=_iso(self._started),
             trigger=config.data.trigger or "",
             heldout_loss=loss,
+            best_heldout_loss=best,
             dropout=config.lora.dropout,
             max_steps=learner.settings.steps,
             schedule=config.optim.schedule,

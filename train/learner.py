@@ -1,21 +1,30 @@
 """One expert in training: its adapter, its optimizer, its range of noise, and one step of it."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
+from typing import cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from data.batches import BatchOrder, Draws, load_batch
-from train import optim
+from data.buckets import Bucket
+from train import ema, optim
+from train.compose import lora_ranks, trained_experts
 from train.config import Config, ExpertConfig
 from train.encode import EncodedDataset
+from train.speed import prepare_to_train
+from train.start import Start, begin
 from train.step import draw_noise, velocity_error
 from wan import flow, lora
+from wan.adapter_kinds import Kind
 from wan.experts import Experts
+from wan.speed import Keep
 from wan.variants import Expert, Variant
 
 
@@ -38,6 +47,15 @@ class Learner:
     seed: int
     draws: Draws
     steps_done: int = 0
+    first_place: int = 0  # of step 0, had all steps been of as many batches as they are now
+    bad_steps: int = 0  # skipped, as their loss or gradient was not finite
+    bad_in_row: int = 0
+    ema: dict[str, Tensor] | None = None  # the average of the adapter, by names of its state
+    ema_decay: float = 0.0
+    uses_ema: bool = False  # the average is what is measured, rendered and exported
+    shows_ema: bool = False  # the parameters are the average just now
+    kept: tuple[Keep, ...] = ()  # what each block keeps for its backward pass
+    updating: bool = False  # the optimizer is at work: an error now leaves an update half done
 
 
 @dataclass(frozen=True)
@@ -49,6 +67,9 @@ class StepFigures:
     sigmas: Tensor  # (samples,)
     grad_norm: float  # before clipping
     learning_rate: float
+    problem: str | None = None  # why nothing was updated
+    seconds: Mapping[str, float] = field(default_factory=dict)  # of this process, by part
+    megapixel_frames: float = 0.0  # of all samples
 
 
 def make_learner(
@@ -57,23 +78,26 @@ def make_learner(
     facts: Variant,
     experts: Experts,
     dataset: EncodedDataset,
+    start: Start | None = None,
 ) -> Learner:
-    """Attach a fresh adapter to an expert and make its optimizer. Only the adapter will move."""
+    """Attach an adapter, fresh or from a file, and make its optimizer. Only it will move."""
     settings: ExpertConfig = attrgetter(expert)(config)
     seed = flow.mix_seed(config.seed, expert)
     transformer = experts[expert]
-    targets = lora.target_modules(config.lora.targets)
-    lora.attach(transformer, settings.rank, settings.alpha, targets, config.lora.dropout, seed)
-    if config.model.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    transformer.train()
-    parameters = lora.adapter_parameters(transformer)
+    ranks, kind = lora_ranks(config, settings.rank), cast("Kind", config.lora.kind)
+    lora.attach(transformer, settings.rank, settings.alpha, ranks, config.lora.dropout, seed, kind)
+    if start is not None:
+        begin(transformer, start)
+    transformer = experts[expert].train()  # with the adapter beside its base
+    named = lora.named_adapter_parameters(transformer)
+    kept = prepare_to_train(transformer, config, facts, dataset)
+    average = {name: parameter.detach().clone() for name, parameter in named.items()}
     law, sigma_range = timestep_law(config), flow.expert_range(facts.boundary, expert)
     return Learner(
         expert=expert,
         settings=settings,
-        parameters=parameters,
-        optimizer=optim.make_optimizer(parameters, config.optim, settings.learning_rate),
+        parameters=list(named.values()),
+        optimizer=optim.make_optimizer(named, config.optim, settings.learning_rate),
         law=law,
         sigma_range=sigma_range,
         edges=flow.bin_edges(law, sigma_range, config.eval.bins),
@@ -86,7 +110,36 @@ def make_learner(
         ),
         seed=seed,
         draws=sample_draws(config, facts, seed),
+        ema=average if config.lora.ema is not None else None,
+        ema_decay=config.lora.ema or 0.0,
+        uses_ema=config.export.weights == "ema",
+        kept=kept,
     )
+
+
+def make_learners(
+    config: Config,
+    facts: Variant,
+    experts: Experts,
+    dataset: EncodedDataset,
+    starts: Mapping[Expert, Start],
+) -> dict[Expert, Learner]:
+    """A learner for each expert that is trained, in the order of the variant's experts."""
+    return {
+        expert: make_learner(expert, config, facts, experts, dataset, starts.get(expert))
+        for expert in trained_experts(config)
+    }
+
+
+@contextmanager
+def as_used(learners: Mapping[Expert, Learner]) -> Iterator[None]:
+    """Within the block the adapters are what a user would get now: averages, if they are used."""
+    with ExitStack() as stack:
+        stack.enter_context(optim.averaged(learner.optimizer for learner in learners.values()))
+        for learner in learners.values():
+            if learner.uses_ema:
+                stack.enter_context(ema.averaged(learner))
+        yield
 
 
 def sample_draws(config: Config, facts: Variant, seed: int) -> Draws:
@@ -118,13 +171,15 @@ def train_step(
     """One optimizer step of one expert: its batches, their gradients, the update.
 
     Order, dropout, noise and noise level are functions of the place in the run, so N processes
-    train what one process does with N times the accumulation.
+    train what one process does with N times the accumulation. If a loss or the gradient is not
+    finite, on any process, nothing is updated on all of them and the figures say why.
     """
     transformer = experts[learner.expert]
+    places = step_places(learner, step, config.accumulate, accelerator.num_processes)
     losses, sigmas = [], []
-    for micro in range(config.accumulate):
-        place = (step * config.accumulate + micro) * accelerator.num_processes
-        place += accelerator.process_index
+    started, data = time.monotonic(), 0.0
+    for place in places[accelerator.process_index :: accelerator.num_processes]:
+        asked = time.monotonic()
         batch = load_batch(dataset.train, learner.order.indices(place), learner.draws, place)
         draw = draw_noise(
             learner.law,
@@ -134,54 +189,95 @@ def train_step(
             place * config.batch_size,
             config.timesteps.low_discrepancy,
         )
+        data += time.monotonic() - asked
         torch.manual_seed(flow.mix_seed(learner.seed, "dropout", place))  # for the adapter's own
         loss = velocity_error(transformer, batch, draw, facts)
         weighted = loss * batch.loss_weight.to(loss.device)
         (weighted.mean() / config.accumulate).backward()
         losses.append(loss.detach())
         sigmas.append(draw.sigma)
-    all_losses, all_sigmas = (_gathered(rows, accelerator) for rows in (losses, sigmas))
     average_gradients(learner.parameters, accelerator)
-    grad_norm = nn.utils.clip_grad_norm_(learner.parameters, config.optim.max_grad_norm).item()
-    rate = optim.learning_rate_at(
-        step, learner.settings.steps, config.optim, learner.settings.learning_rate
+    grad_norm = nn.utils.clip_grad_norm_(learner.parameters, config.optim.max_grad_norm)
+    all_losses, all_sigmas, norm = _gathered(losses, sigmas, grad_norm, accelerator)
+    computed = time.monotonic()
+    optim.set_learning_rate(
+        learner.optimizer,
+        optim.learning_rate_at(
+            step, learner.settings.steps, config.optim, learner.settings.learning_rate
+        ),
     )
-    figures = StepFigures(all_losses.mean().item(), all_losses, all_sigmas, grad_norm, rate)
-    if not math.isfinite(all_losses.sum().item() + grad_norm):
-        clips = _clips_of(learner, step, config.accumulate, accelerator.num_processes)
-        raise _not_finite(
-            learner, step, figures, [dataset.train.clips[clip].name for clip in clips]
-        )
-    optim.set_learning_rate(learner.optimizer, rate)
-    learner.optimizer.step()
+    rate = optim.effective_learning_rate(learner.optimizer)
+    figures = StepFigures(all_losses.mean().item(), all_losses, all_sigmas, norm, rate)
+    clips = [dataset.train.clips[c] for c in _clips_of(learner, places, accelerator.num_processes)]
+    if not math.isfinite(all_losses.sum().item() + norm):
+        names = [clip.name for clip in clips]
+        figures = replace(figures, problem=_not_finite(step, figures, names))
+    _update(learner, step, figures)
+    update = time.monotonic() - computed
+    return replace(
+        figures,
+        seconds={"data": data, "compute": computed - started - data, "update": update},
+        megapixel_frames=sum(megapixel_frames(clip.bucket) for clip in clips),
+    )
+
+
+def step_places(learner: Learner, step: int, accumulate: int, processes: int) -> range:
+    """The places of a step's batches, in the order in which the processes take them in turn."""
+    first = learner.first_place + step * accumulate * processes
+    return range(first, first + accumulate * processes)
+
+
+def _gathered(
+    losses: Sequence[Tensor], sigmas: Sequence[Tensor], norm: Tensor, accelerator: Accelerator
+) -> tuple[Tensor, Tensor, float]:
+    """Losses and sigmas (samples,) of all processes, process by process, and the gradient's norm.
+
+    The device is waited for once: here.
+    """
+    own = torch.stack([torch.cat([rows.to(norm.device) for rows in s]) for s in (losses, sigmas)])
+    rows = accelerator.gather(own[None])  # (processes, 2, samples of each)
+    assert isinstance(rows, Tensor)
+    flat = torch.cat([rows.transpose(0, 1).flatten(), norm.float()[None]]).cpu()
+    all_losses, all_sigmas = flat[:-1].view(2, -1)
+    return all_losses, all_sigmas, flat[-1].item()
+
+
+def _clips_of(learner: Learner, places: range, processes: int) -> list[int]:
+    """The clips of a step on all processes, in the order of its gathered losses."""
+    in_order = [place for process in range(processes) for place in places[process::processes]]
+    return [clip for place in in_order for clip in learner.order.indices(place)]
+
+
+def _not_finite(step: int, figures: StepFigures, clips: Sequence[str]) -> str:
+    """What is not finite in a step, and whose: of the samples with such a loss, or of all."""
+    losses, sigmas = figures.losses.tolist(), figures.sigmas.tolist()
+    samples = [
+        f"{clip} (sigma {sigma:.4f}, loss {loss:g})"
+        for clip, sigma, loss in zip(clips, sigmas, losses, strict=True)
+        if not math.isfinite(loss) or math.isfinite(sum(losses))
+    ]
+    what = "gradient" if math.isfinite(sum(losses)) else "loss"
+    return f"step {step + 1}: the {what} is not finite, nothing was updated: {', '.join(samples)}"
+
+
+def megapixel_frames(bucket: Bucket) -> float:
+    """How much there is to see in a clip: width * height * frames / 10^6."""
+    return bucket.width * bucket.height * bucket.frames / 1e6
+
+
+def _update(learner: Learner, step: int, figures: StepFigures) -> None:
+    """Let the optimizer take its step, or count one that was skipped."""
+    if figures.problem is None:
+        learner.updating = True
+        learner.optimizer.step()
+        ema.update(learner, step)
+        learner.updating = False
+        learner.bad_in_row = 0
+    else:
+        learner.bad_steps += 1
+        learner.bad_in_row += 1
     learner.optimizer.zero_grad(set_to_none=True)
     learner.steps_done = step + 1
-    return figures
-
-
-def _gathered(batches: Sequence[Tensor], accelerator: Accelerator) -> Tensor:
-    """The values (B,) of all batches of all processes, process by process."""
-    values = accelerator.gather(torch.cat(list(batches)).to(accelerator.device))
-    assert isinstance(values, Tensor)
-    return values.cpu()
-
-
-def _clips_of(learner: Learner, step: int, accumulate: int, processes: int) -> list[int]:
-    """The clips of a step on all processes, in the order of its gathered losses."""
-    first = step * accumulate * processes
-    places = [first + m * processes + p for p in range(processes) for m in range(accumulate)]
-    return [clip for place in places for clip in learner.order.indices(place)]
-
-
-def _not_finite(
-    learner: Learner, step: int, figures: StepFigures, clips: Sequence[str]
-) -> TrainingStopped:
-    return TrainingStopped(
-        f"{learner.expert} expert, step {step + 1}: loss {figures.loss} and gradient norm "
-        f"{figures.grad_norm} are not finite (clips {', '.join(clips)}; sigma "
-        f"{figures.sigmas.tolist()}). Nothing was updated. Lower {learner.expert}.learning_rate, "
-        "or look at these clips."
-    )
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:

@@ -6,84 +6,133 @@ accelerate launch train/lora.py experiment=t2v_character model.path=DIR data.pat
 """
 
 import os
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import suppress
 
 import hydra
+import numpy as np
 import torch
 from accelerate import Accelerator
 from omegaconf import DictConfig
 
+from data.items import DataError
 from train import optim, report
-from train.compose import trained_experts, typed
+from train.base_samples import base_samples
+from train.compose import typed
 from train.config import Config
 from train.dataset import Progress, check_sides, plan_dataset
+from train.deliver import deliver
+from train.drift import plan_drift
 from train.encode import encode_dataset, model_paths
 from train.errors import clear_errors
 from train.export import Exporter
-from train.learner import (
-    Learner,
-    TrainingStopped,
-    make_learner,
-    sample_draws,
-    timestep_law,
-    train_step,
-)
+from train.history import History
+from train.learner import make_learners, timestep_law, train_step
+from train.other_trackers import check_trackers
+from train.out_of_memory import out_of_memory
 from train.preview import plan_previews
-from train.run import Checked, Run, measure, sample, show
-from train.run_folder import open_run_folder, write_summary
-from train.tracking import Tracker, progress_bar
-from train.turns import is_due, turns
-from train.validate import HeldoutLoss, HeldoutPlan
+from train.rehearsal import rehearsed
+from train.resume import restore, tracker_state
+from train.run import Checked, Run, look, measure
+from train.run_folder import RunFolder, open_run_folder, write_dataset
+from train.saving import rescue, save, stop_at_bad_steps
+from train.speed import check_speed, load_to_sample
+from train.start import plan_starts
+from train.stopping import Stopped, StopRequest, on_any, stop_requests
+from train.tracking import Tracker, progress_bar, say
+from train.turns import Turns, is_due
+from train.validate import plan_checks, plan_train_checks
 from wan.checkpoints import find_model, load_vae
-from wan.experts import base_only, load_experts
+from wan.experts import base_only
 from wan.lora_format import checked_name
-from wan.reload import TOLERANCE, reload_errors
-from wan.variants import VARIANTS, Expert
+from wan.variants import VARIANTS
 
 
 def train(config: Config) -> None:
-    """The whole run: check, encode, train the experts in turns, measure, render, export."""
+    """The whole run, from its start or from where it stopped, to its end or a request to stop."""
     accelerator = Accelerator()
+    main = accelerator.is_main_process
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # `accelerate launch` leaves it one
-    with accelerator.main_process_first():  # the others find what it has read in the cache
-        checked = check(config, progress_bar(accelerator.is_main_process))
-    run = prepare(checked, accelerator)
+    with stop_requests(config.checkpoint.time_limit) as stop:
+        try:
+            with stop.interruptible(accelerator.num_processes == 1):
+                with accelerator.main_process_first():  # the others find what it has read
+                    checked = check(config, accelerator.device, progress_bar(main))
+                folder = open_run_folder(config, accelerator)
+                if folder.finished:
+                    return say(report.nothing_left(folder.path), main)
+                run = prepare(checked, folder, accelerator, stop)
+            try:
+                advance(run)
+                deliver(run)
+            finally:
+                run.tracker.finish()
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(config, accelerator.device) from error
+        except Stopped as stopped:
+            say(report.how_to_go_on(str(stopped), accelerator.num_processes), main)
 
-    with base_only(run.experts, list(run.learners)):
-        before = measure(run, 0)
-        base_videos = sample(run)
 
-    after, sheet = before, None
-    steps: dict[Expert, int] = {e: learner.settings.steps for e, learner in run.learners.items()}
-    total = sum(steps.values())
-    schedule = run.tracker.progress(turns(steps, config.turn_steps), "training", total)
-    for done, (expert, step) in enumerate(schedule, start=1):
+def advance(run: Run) -> None:
+    """Train the experts in turns to the end of the run: step, then measure, show and save."""
+    base = begin(run)
+    schedule = run.tracker.progress(run.turns, "training", run.total - run.done)
+    for expert, step in schedule:
         learner = run.learners[expert]
-        with run.tracker.phase("training"):
-            figures = train_step(
-                learner, step, config, run.facts, run.experts, run.dataset, accelerator
-            )
-        run.tracker.trained(done, total, learner, figures)
-        if is_due(config.eval.every, done, total):
-            after = measure(run, done)
-        if is_due(config.preview.every, done, total):
-            sheet = show(run, done, base_videos)
-        if is_due(config.checkpoint.every, done, total) and done < total:
-            run.exporter.write_checkpoint(run.experts, run.learners, done, after)
+        try:
+            with run.tracker.phase("training"):
+                figures = train_step(
+                    learner,
+                    step,
+                    run.config,
+                    run.facts,
+                    run.experts,
+                    run.dataset,
+                    run.accelerator,
+                )
+        except (DataError, OSError, RuntimeError):  # a clip is gone, memory full, a process dead
+            rescue(run)
+            raise
+        run.tracker.trained(run.done, run.total, learner, figures)
+        if learner.bad_in_row > run.config.max_bad_steps:
+            stop_at_bad_steps(run, learner, figures)
+        pause(run, base)
+        run.experts.expect(run.turns.after_next() or expert)
 
-    if accelerator.is_main_process:
-        deliver(run, before, after)
-        run.tracker.say(report.what_next(config, run.folder, sheet))
-    accelerator.wait_for_everyone()
-    run.tracker.finish()
+
+def begin(run: Run) -> list[np.ndarray]:
+    """Measure and render the base model, as far as that was not done before the run stopped."""
+    base = []
+    with suppress(Stopped):
+        if 0 not in run.history.heldout:
+            with base_only(run.experts, list(run.learners)):
+                run.history.heldout[0] = measure(run, 0)
+        base = base_samples(run)
+    if on_any(run.accelerator, run.stop.reason is not None):
+        raise Stopped(run.stop.reason)
+    if run.done > 0:  # what was due when it stopped
+        pause(run, base)
+    return base
 
 
-def check(config: Config, progress: Progress) -> Checked:
+def pause(run: Run, base: Sequence[np.ndarray]) -> None:
+    """Between two steps: measure, show and save what is due; save and stop if that was asked."""
+    with suppress(Stopped):
+        look(run, base)
+    stop = on_any(run.accelerator, run.stop.reason is not None)
+    if stop or is_due(run.config.checkpoint.every, run.done, run.total):
+        save(run)
+    if stop:
+        raise Stopped(run.stop.reason)
+
+
+def check(config: Config, device: torch.device, progress: Progress) -> Checked:
     """Find everything that a user can get wrong, before any weight is read."""
     facts = VARIANTS[config.model.variant]
-    optim.check_optimizer(config.optim)
+    optim.check_optimizer(config)
+    check_speed(config.speed, device)
+    check_trackers(config.tracking.others)
     checked_name(config.name)
     model = find_model(model_paths(config.model), facts.name)
     clips = plan_dataset(config.data, facts, progress)
@@ -94,16 +143,23 @@ def check(config: Config, progress: Progress) -> Checked:
         model=model,
         clips=clips,
         previews=plan_previews(config.preview, facts, config.batch_size),
+        starts=plan_starts(config, facts),
     )
 
 
-def prepare(checked: Checked, accelerator: Accelerator) -> Run:
-    """Say what will happen, encode what is not in the cache, load the pair and attach adapters."""
-    config, facts, model = checked.config, checked.facts, checked.model
-    folder = open_run_folder(config, accelerator)
-    tracker = Tracker(config, folder, accelerator.is_main_process)
-    law = timestep_law(config)
-    tracker.say(report.before_training(checked, accelerator.device, law))
+def prepare(
+    checked: Checked, folder: RunFolder, accelerator: Accelerator, stop: StopRequest
+) -> Run:
+    """Say what will happen, encode what is not in the cache, load the pair and attach adapters.
+
+    Of a run that goes on, everything is then as it was at its checkpoint.
+    """
+    config, facts, model, device = checked.config, checked.facts, checked.model, accelerator.device
+    resumed = None if folder.checkpoint is None else tracker_state(folder.checkpoint, folder.path)
+    tracker = Tracker(config, folder.path, accelerator.is_main_process, resumed)
+    tracker.say(report.before_training(checked, device, timestep_law(config)))
+    if accelerator.is_main_process:
+        write_dataset(folder.path, checked.clips)
 
     with tracker.phase("encoding"):
         dataset = encode_dataset(
@@ -111,39 +167,26 @@ def prepare(checked: Checked, accelerator: Accelerator) -> Run:
             checked.previews.texts,
             config,
             model,
-            accelerator.device,
+            device,
             tracker.progress,
             tracker.say,
         )
     tracker.say(report.cache_use(config, dataset))
+    tracker.dataset(dataset, report.clips_lines(checked.clips))
 
     with tracker.phase("loading"):
-        experts = load_experts(
-            model,
-            getattr(torch, config.model.dtype),
-            accelerator.device,
-            resident=config.speed.placement == "resident",
-        )
-        learners: dict[Expert, Learner] = {
-            expert: make_learner(expert, config, facts, experts, dataset)
-            for expert in trained_experts(config)
-        }
-        vae = load_vae(model, torch.float32, accelerator.device)
-        exporter = Exporter(config, model, dataset, folder)
-    given = replace(sample_draws(config, facts, config.seed), caption_dropout=0.0)
-    checks = HeldoutPlan(
-        dataset.heldout,
-        given,
-        law,
-        config.eval.bins,
-        config.eval.draws,
-        config.batch_size,
-        config.seed,
-    )
-    return Run(
+        experts = load_to_sample(model, config.model.dtype, config.speed, device)
+        learners = make_learners(config, facts, experts, dataset, checked.starts)
+        vae = load_vae(model, torch.float32, torch.device("cpu"))  # until there is a preview
+        exporter = Exporter(config, model, dataset)
+    if device.type == "cuda":
+        tracker.say(report.kept(learners))
+    checks = plan_checks(config, facts, dataset.heldout)
+    clips, prompts = checked.clips.train, [shot.prompt for shot in checked.previews.shots]
+    run = Run(
         config,
         facts,
-        folder,
+        folder.path,
         accelerator,
         tracker,
         dataset,
@@ -151,31 +194,25 @@ def prepare(checked: Checked, accelerator: Accelerator) -> Run:
         vae,
         learners,
         checks,
+        plan_train_checks(checks, dataset.train, clips),
+        plan_drift(checks, dataset, clips, prompts, config.data.trigger),
         checked.previews,
         exporter,
+        Turns({e: learner.settings.steps for e, learner in learners.items()}, config.turn_steps),
+        History(),
+        stop,
     )
-
-
-def deliver(run: Run, before: list[HeldoutLoss], after: list[HeldoutLoss]) -> None:
-    """Export the pair, prove that diffusers reads it as it was trained, and say what came out."""
-    with run.tracker.phase("exporting"):
-        files = run.exporter.write(run.folder, run.config.name, run.experts, run.learners, after)
-        latents, text = run.dataset.heldout.first()
-        paths: dict[Expert, Path] = {expert: file.path for expert, file in files.items()}
-        errors = reload_errors(run.experts, paths, run.facts, latents, text)
-    run.tracker.say(report.heldout_table(before, after))
-    run.tracker.say(report.export(run.config, run.facts, files, errors))
-    run.tracker.say(run.tracker.time_spent())
-    write_summary(run.folder, report.figures(before, after, errors, run.tracker.seconds))
-    if max(errors.values()) > TOLERANCE:
-        raise TrainingStopped(f"the files in {run.folder} do not do in diffusers what was trained")
+    if folder.checkpoint is not None:
+        changes = restore(run, folder.checkpoint)
+        tracker.say(report.resumed(run, folder.checkpoint.path, changes))
+    return run
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(cfg: DictConfig) -> None:
     """Hydra's door: typed settings in, a run out."""
-    with clear_errors():
-        train(typed(cfg))
+    with clear_errors(), rehearsed(typed(cfg)) as config:
+        train(config)
 
 
 if __name__ == "__main__":

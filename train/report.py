@@ -1,5 +1,6 @@
 """What a run prints for people: the timestep law before training, the held-out table after it."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from operator import attrgetter
@@ -8,18 +9,29 @@ from pathlib import Path
 import torch
 
 from data.buckets import Clip, describe_buckets
+from train import plan_lines
 from train.compose import trained_experts
 from train.config import Config
 from train.dataset import Clips
 from train.encode import EncodedDataset
-from train.run import Checked
+from train.learner import Learner
+from train.run import Checked, Run
+from train.stopping import resume_command
 from train.validate import HeldoutLoss
 from wan.flow import SigmaRange, TimestepLaw, expert_range
 from wan.lora_format import ExportedFile
+from wan.speed import Keep
 from wan.variants import Expert, Variant
 
 BARS = " ▁▂▃▄▅▆▇█"
 HISTOGRAM_BARS = 24
+PROOFS = {  # what `wan.reload` does with a file of each kind
+    "lora": "reloaded by diffusers' WanPipeline",
+    "rslora": "reloaded by diffusers' WanPipeline",
+    "dora": "computed as ComfyUI does, diffusers cannot read it",
+    "lokr": "given to diffusers as a plain LoRA, it cannot read the file itself",
+    "loha": "given to diffusers as a plain LoRA, it cannot read the file itself",
+}
 SMALL_SHARE = 0.05  # below it an untruncated law would hardly train the expert
 
 
@@ -31,12 +43,15 @@ def before_training(checked: Checked, device: torch.device, law: TimestepLaw) ->
         for expert in trained_experts(config)
         for s in [attrgetter(expert)(config)]
     )
+    kind = "" if config.lora.kind == "lora" else f"; {config.lora.kind}"
     return "\n".join(
         [
             f"model      {facts.title} in {config.model.dtype} on {device}",
             clips_lines(checked.clips),
-            f"adapters   {ranks}; {config.lora.targets} linears",
+            f"adapters   {ranks}; {config.lora.targets} linears{kind}",
+            *(start.told for start in checked.starts.values()),
             _law_lines(config, law, facts),
+            *plan_lines.first_screen(checked, device),
         ]
     )
 
@@ -62,6 +77,20 @@ def cache_use(config: Config, dataset: EncodedDataset) -> str:
     """What was encoded now and what was there already."""
     lines = [line for report in dataset.reports for line in report.lines()]
     return "\n".join([f"cache      in {config.data.cache}/", *(f"  {line}" for line in lines)])
+
+
+def kept(learners: Mapping[Expert, Learner]) -> str:
+    """What the blocks of each expert keep of a step, and so do not compute twice."""
+    lines = [
+        f"{expert}: " + ", ".join(f"{kind} in {count} blocks" for kind, count in counts.items())
+        for expert, counts in kept_blocks(learners).items()
+    ]
+    return f"kept       {'; '.join(lines)} (speed.keep; the rest is computed twice)"
+
+
+def kept_blocks(learners: Mapping[Expert, Learner]) -> dict[Expert, dict[Keep, int]]:
+    """How many blocks of each expert keep what."""
+    return {expert: dict(Counter(learner.kept)) for expert, learner in learners.items()}
 
 
 def _law_lines(config: Config, law: TimestepLaw, facts: Variant) -> str:
@@ -119,7 +148,7 @@ def export(
         lines.append(
             f"  {file.path}  {file.size_bytes / 1e6:.1f} MB  AutoV2 {file.autov2}  "
             f"AutoV3 {file.autov3}\n"
-            f"    reloaded by diffusers' WanPipeline: {errors[expert]:.2%} from the trained "
+            f"    {PROOFS[config.lora.kind]}: {errors[expert]:.2%} from the trained "
             f"adapter ({config.export.dtype} rounding)"
         )
     pair = len(facts.experts) > 1
@@ -149,14 +178,34 @@ def what_next(config: Config, folder: Path, sheet: Path | None) -> str:
     return "\n".join(line for line in lines if line)
 
 
+def resumed(run: Run, checkpoint: Path, changes: Sequence[str]) -> str:
+    """From where a run goes on, and what is not as it was."""
+    return "\n".join([f"goes on    after {run.done} of {run.total} steps, {checkpoint}", *changes])
+
+
+def nothing_left(folder: Path) -> str:
+    """That the run in this folder has finished, and what one could want."""
+    return (
+        f"finished   {folder} has all its steps and its adapters. More: set more steps. Anew: "
+        "resume=never, which moves this run aside."
+    )
+
+
+def how_to_go_on(reason: str, processes: int) -> str:
+    """What to type after a stop that was asked for."""
+    return f"stopped    {reason}. To go on:\n{resume_command(processes)}"
+
+
 def figures(
     before: Sequence[HeldoutLoss],
     after: Sequence[HeldoutLoss],
     errors: Mapping[Expert, float],
     seconds: Mapping[str, float],
+    learners: Mapping[Expert, Learner],
 ) -> dict[str, object]:
     """The same figures for programs: summary.json."""
     return {
+        "kept_blocks": kept_blocks(learners),
         "heldout_base": {loss.expert: asdict(loss) for loss in before},
         "heldout_adapters": {loss.expert: asdict(loss) for loss in after},
         "reload_error": dict(errors),

@@ -46,6 +46,7 @@ POSITIVE = Rule("a number above 0", lambda x: 0 < x < math.inf)
 NOT_NEGATIVE = Rule("a number of at least 0", lambda x: 0 <= x < math.inf)
 SHARE = Rule("a number from 0 to 1", lambda x: 0 <= x <= 1)
 PROBABILITY = Rule("a number of at least 0 and below 1", lambda x: 0 <= x < 1)
+INNER_SHARE = Rule("a number above 0 and below 1", lambda x: 0 < x < 1)
 UP_TO_HALF = Rule("a number above 0 and at most 0.5", lambda x: 0 < x <= 0.5)
 PIXELS = Rule("a whole number of at least 16", lambda n: n >= 16)
 FRAMES = Rule("4n+1 frames, such as 1, 5, 13, 49 or 81", lambda n: n >= 1 and n % 4 == 1)
@@ -59,6 +60,7 @@ DOTTED_NAME = Rule(
     lambda text: re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", text) is not None,
 )
 SEEDS = Rule("one or more whole numbers of at least 0", lambda ns: bool(ns) and min(ns) >= 0)
+RANKS = Rule("whole numbers of at least 1", lambda ranks: all(n >= 1 for n in ranks.values()))
 SCALES = Rule("one or more numbers above 0", lambda xs: bool(xs) and 0 < min(xs) < math.inf)
 EXPERT_LIST = Rule(
     "[high], [low] or [high, low], and [single] for TI2V-5B",

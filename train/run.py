@@ -3,21 +3,38 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from torch import Tensor
+from torch.nn import Module
 
+from train.checkpoint import checkpoint_name
 from train.config import Config
 from train.dataset import Clips
+from train.drift import DriftPlan, prior_drift
+from train.ema import averaged
 from train.encode import EncodedDataset
+from train.evaluation import Beside, Evaluated, figures, table
 from train.export import Exporter
-from train.learner import Learner
+from train.few_step import at_strengths
+from train.health import adapter_health, summarised
+from train.history import History
+from train.learner import Learner, as_used
 from train.preview import PreviewPlan, render, save_samples
+from train.start import Start
+from train.stopping import StopRequest, on_any
 from train.tracking import Tracker
+from train.turns import Turns, is_due
 from train.validate import HeldoutLoss, HeldoutPlan, heldout_loss
+from train.verdict import judge
 from wan.checkpoints import Model
 from wan.experts import Experts
+from wan.lora import adapter_state
+from wan.speed import Attention, sampling_attention
 from wan.variants import Expert, Variant
 
 
@@ -30,6 +47,7 @@ class Checked:
     model: Model
     clips: Clips
     previews: PreviewPlan
+    starts: Mapping[Expert, Start]  # empty where adapters start from nothing
 
 
 @dataclass(frozen=True)
@@ -46,38 +64,194 @@ class Run:
     vae: AutoencoderKLWan
     learners: Mapping[Expert, Learner]
     checks: HeldoutPlan
+    train_checks: HeldoutPlan  # the same on clips that are trained on
+    drift_plan: DriftPlan
     previews: PreviewPlan
     exporter: Exporter
+    turns: Turns
+    history: History
+    stop: StopRequest
+
+    @property
+    def done(self) -> int:
+        """Steps that are done, of all experts."""
+        return sum(learner.steps_done for learner in self.learners.values())
+
+    @property
+    def total(self) -> int:
+        """Steps of all experts when the run is at its end."""
+        planned = self.turns.steps
+        return sum(max(planned[e], le.steps_done) for e, le in self.learners.items())
+
+
+def look(run: Run, base: Sequence[np.ndarray]) -> None:
+    """Measure and show what is due now and has not been yet; a request to stop ends it at once."""
+    done, config, history = run.done, run.config, run.history
+    if is_due(config.eval.every, done, run.total) and done not in history.heldout:
+        history.heldout[done] = measure(run, done)
+        conclude(run)
+    if is_due(config.preview.every, done, run.total) and history.shown != done:
+        show(run, done, base)
+        history.shown = done
 
 
 def measure(run: Run, done: int) -> list[HeldoutLoss]:
-    """Held-out loss of each trained expert after `done` steps of the run."""
-    with run.tracker.phase("measuring"):
-        found = [
-            heldout_loss(run.experts[expert], expert, run.facts, run.checks, run.tracker.progress)
-            for expert in run.learners
+    """Held-out loss of each trained expert after `done` steps, and all that is told beside it.
+
+    At 0 the caller has set the adapters aside: these are the base model's.
+    """
+    with run.tracker.phase("measuring"), run.stop.interruptible():
+        with as_used(run.learners):
+            found = [_heldout(run, expert) for expert in run.learners]
+            beside: dict[Expert, Beside] = {e: _beside(run, e, done) for e in run.learners}
+            states: dict[Expert, dict[str, Tensor]] = {
+                expert: adapter_state(run.experts[expert]) for expert in run.learners
+            }
+            health = {} if done == 0 else _health(run)
+        others = {} if done == 0 else {e: _other_loss(run, e) for e in run.learners}
+    history = run.history
+    history.beside[done], history.adapters = beside, states
+    run.tracker.heldout(done, found, history.heldout.get(0, found))
+    if health and 0 in history.heldout.keys() & history.beside.keys():
+        bases = zip(found, history.before, strict=True)
+        evaluated = [
+            Evaluated(
+                heldout=now,
+                beside=beside[now.expert],
+                base=base,
+                base_trained=history.beside[0][now.expert].trained,
+                health=health[now.expert],
+                other=others[now.expert],
+            )
+            for now, base in bases
         ]
-    run.tracker.heldout(done, found)
+        run.tracker.figures(done, figures(evaluated))
+        run.tracker.say(table(done, evaluated))
     return found
 
 
-def sample(run: Run) -> list[np.ndarray]:
-    """The configured previews as the models are now, uint8 (T, H, W, 3) each."""
-    with run.tracker.phase("rendering"):
-        return render(
-            run.previews, run.facts, run.experts, run.vae, run.dataset.prompts, run.tracker.progress
+def _heldout(run: Run, expert: Expert) -> HeldoutLoss:
+    return heldout_loss(run.experts[expert], expert, run.facts, run.checks, run.tracker.progress)
+
+
+def _beside(run: Run, expert: Expert, done: int) -> Beside:
+    """The same on clips that are trained on, and how far the prior has drifted."""
+    transformer, progress = run.experts[expert], run.tracker.progress
+    name = "training clips"
+    trained = heldout_loss(transformer, expert, run.facts, run.train_checks, progress, name)
+    drift = 0.0
+    if done > 0:
+        drift = prior_drift(transformer, expert, run.facts, run.drift_plan, progress)
+    return Beside(run.learners[expert].steps_done, trained, drift)
+
+
+def _health(run: Run) -> dict[Expert, dict[str, float]]:
+    return {
+        expert: summarised(adapter_health(run.experts[expert], run.history.adapters.get(expert)))
+        for expert in run.learners
+    }
+
+
+def _other_loss(run: Run, expert: Expert) -> tuple[str, HeldoutLoss] | None:
+    """Of an adapter with an average, the loss of the one of the two that is not used."""
+    learner = run.learners[expert]
+    if learner.ema is None:
+        return None
+    if learner.uses_ema:
+        return "live", _heldout(run, expert)
+    with averaged(learner):
+        return "ema", _heldout(run, expert)
+
+
+def conclude(run: Run) -> None:
+    """Say which expert overfits, and let it end there if that is wanted; all processes agree."""
+    patience = run.config.eval.patience
+    for expert, learner in run.learners.items():
+        if expert in run.history.stopped or learner.steps_done >= run.turns.steps[expert]:
+            continue
+        verdict = judge(run.history, expert)
+        if verdict.newest.done != run.done:
+            continue  # it was the other expert's turn
+        overfits = verdict.rising >= patience
+        run.tracker.figures(run.done, {f"alarm/{expert}": float(overfits)})
+        if overfits:
+            run.tracker.say(f"overfits   {verdict.told(expert)}")
+        if verdict.rising == patience:
+            run.tracker.alert("overfits", verdict.told(expert))
+        elif verdict.stale == patience:
+            run.tracker.alert("learns no more", verdict.told(expert))
+        stops = run.config.eval.early_stop and verdict.stale >= patience
+        if on_any(run.accelerator, stops):
+            run.history.stopped[expert] = learner.steps_done
+            run.turns.end(expert)
+            run.tracker.say(f"ends early {verdict.told(expert)}")
+
+
+def sample(run: Run, strengths: Mapping[Expert, float]) -> list[np.ndarray]:
+    """The configured previews with adapters at these strengths, uint8 (T, H, W, 3) each.
+
+    The VAE is on the device only meanwhile. Nothing, with a line, if that is too much for it.
+    """
+    device, few_step, vae = run.accelerator.device, run.previews.few_step, cast(Module, run.vae)
+    with run.tracker.phase("rendering"), as_used(run.learners), run.stop.interruptible():
+        try:
+            vae.to(device)
+            attention = sampling_attention(cast("Attention", run.config.speed.attention))
+            with at_strengths(run.experts, strengths, few_step), attention:
+                return render(
+                    run.previews,
+                    run.facts,
+                    run.experts,
+                    run.vae,
+                    run.dataset.prompts,
+                    run.tracker.progress,
+                    run.tracker.say,
+                )
+        except torch.OutOfMemoryError:
+            pass
+        finally:
+            vae.to("cpu")
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # the shapes of training are others
+        run.tracker.say(
+            "samples    left out: not enough memory even for one at a time. Lower preview.frames, "
+            "preview.height and preview.width."
         )
+    return []
 
 
-def show(run: Run, done: int, base: Sequence[np.ndarray]) -> Path | None:
-    """Render, write and log the previews beside the base model's; the sheet, if there are any."""
-    if not run.previews.shots:
-        return None
-    adapted = sample(run)
-    if not run.accelerator.is_main_process:
-        return None
-    samples = run.folder / "samples" / f"step_{done:06d}"
-    files = save_samples(samples, run.previews, base, adapted, run.facts.fps)
-    sheet = samples / "sheet.png"
-    run.tracker.samples(done, run.previews.shots, files, sheet)
-    return sheet
+def show(run: Run, done: int, base: Sequence[np.ndarray]) -> None:
+    """Render, write and log the previews beside the base model's, if there are any."""
+    if not run.previews.shots or not base:
+        return
+    share, budget = run.tracker.share("rendering"), run.config.preview.budget
+    if budget is not None and share > budget and done < run.total:
+        run.tracker.say(
+            f"samples    left out after {done} steps: rendering has taken {share:.0%} of the time, "
+            f"preview.budget is {budget:.0%}"
+        )
+        return
+    adapted = sample(run, dict.fromkeys(run.learners, 1.0))
+    alone: dict[Expert, list[np.ndarray]] = {}
+    if run.config.preview.grid:
+        alone = {expert: sample(run, {expert: 1.0}) for expert in run.learners}
+    if not adapted or not all(alone.values()) or not run.accelerator.is_main_process:
+        return
+    samples = sheet_of(run, done).parent
+    try:
+        files = save_samples(samples, run.previews, base, adapted, run.facts.fps, alone)
+    except OSError as error:
+        run.tracker.say(f"samples    {samples} cannot be written ({error.strerror or error})")
+        return
+    saved = is_due(run.config.checkpoint.every, done, run.total)
+    checkpoint = checkpoint_name(done) if saved else None
+    run.tracker.samples(done, run.previews.shots, files, sheet_of(run, done), checkpoint)
+    run.tracker.say(
+        f"samples    {sheet_of(run, done)}; rendering has taken "
+        f"{run.tracker.share('rendering'):.0%} of the time so far"
+    )
+
+
+def sheet_of(run: Run, done: int) -> Path:
+    """The sheet of the previews after `done` steps."""
+    return run.folder / "samples" / f"step_{done:06d}" / "sheet.png"

@@ -263,15 +263,22 @@ def _tensors_in(file: Path) -> Readers:
         with safe_open(file, "pt") as opened:
             return {name: partial(_safetensor, file, name) for name in opened.offset_keys()}
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise ModelError(
-            f"{file} cannot be read ({error}): it is cut short or no such file; download it again"
-        ) from None
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"{file} cannot be read ({error}): it is cut short or no such file; download it again"
+    )
 
 
 def _safetensor(file: Path, name: str) -> Tensor:
     # Opened for each tensor: what was read of an open file counts as this process's memory.
-    with safe_open(file, "pt") as opened:
-        return opened.get_tensor(name)
+    try:
+        with safe_open(file, "pt") as opened:
+            return opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:  # a dtype that PyTorch lacks, a file that is gone
+        raise _unreadable(file, error) from None
 
 
 def _pickled_tensors(file: Path) -> Readers:

@@ -1,0 +1,36 @@
+"""The base model's previews: rendered once, and kept for when the run goes on."""
+
+import hashlib
+from contextlib import suppress
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from train.run import Run, sample
+from train.run_folder import BASE_SAMPLES
+from wan.safetensors_writer import data_sha256, write_safetensors
+
+
+def base_samples(run: Run) -> list[np.ndarray]:
+    """The configured previews without adapters, uint8 (T, H, W, 3) each.
+
+    Those of an earlier start are read if they were made by the same weights with the same settings,
+    and every byte is as it was written.
+    """
+    path = run.folder / "samples" / BASE_SAMPLES
+    made_of = repr((run.previews, run.exporter.base_hash, asdict(run.config.model)))
+    recipe = hashlib.sha256(made_of.encode()).hexdigest()
+    with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
+        kept = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        if file.metadata() == {"recipe": recipe, "data": data_sha256(kept)}:
+            return [kept[name].numpy() for name in sorted(kept)]
+    videos = sample(run, {})
+    if run.accelerator.is_main_process and videos:
+        tensors = {f"{index:04d}": torch.from_numpy(video) for index, video in enumerate(videos)}
+        with suppress(OSError):  # they are rendered again, then
+            path.parent.mkdir(parents=True, exist_ok=True)
+            metadata = {"recipe": recipe, "data": data_sha256(tensors)}
+            write_safetensors(path, tensors, metadata)
+    return videos
