@@ -111,8 +111,8 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     path = tmp_path / "fox.safetensors"
     write_safetensors(path, comfy(2), {})
     before = path.read_bytes()
-    with pytest.raises(KeyError, match="int64"):
-        write_safetensors(path, {"a": torch.arange(3)}, {})
+    with pytest.raises(KeyError, match="complex64"):
+        write_safetensors(path, {"a": torch.zeros(3, dtype=torch.complex64)}, {})
     for place, message in ((9, "cannot be read back"), (len(before) - 1, "read back is not what")):
 
         def failing_disk(descriptor: int, place: int = place) -> None:
