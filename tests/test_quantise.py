@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from wan.frozen_linear import FrozenLinear
 from wan.headers import ModelError
-from wan.quantise import FrozenLinear
 from wan.quantised_weight import FrozenFormat, check_format, fp8_rows, make_whole, pack
 
 FORMATS: tuple[FrozenFormat, ...] = ("fp8", "fp8_weights", "int8", "nf4")

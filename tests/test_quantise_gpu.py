@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from wan.checkpoints import ModelPaths, find_model, load_transformer
 from wan.experts import load_experts
-from wan.quantise import FrozenLinear
+from wan.frozen_linear import FrozenLinear
 from wan.quantised_weight import FrozenFormat, pack
 from wan.variants import EXPERTS
 

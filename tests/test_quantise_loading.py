@@ -19,9 +19,10 @@ from train.step import draw_noise, velocity_error
 from wan.checkpoints import ModelPaths, find_model, load_transformer
 from wan.experts import load_experts
 from wan.flow import TimestepLaw, expert_range
+from wan.frozen_linear import FrozenLinear
 from wan.headers import ModelError
 from wan.lora import BLOCK_LINEARS, adapter_parameters, attach, target_modules
-from wan.quantise import FrozenLinear, quantise_blocks
+from wan.quantise import quantise_blocks
 from wan.quantised_weight import ROWS, FrozenFormat, pack
 from wan.speed import Keep, blocks_of, prepare_blocks
 from wan.transformer import predict_velocity

@@ -102,12 +102,14 @@ def test_each_way_computes_again_what_it_says(
     for keep in KEEPS:
         counts = recomputed(keep, inputs)
         attention[keep] = sum(counts[kernel] for kernel in ATTENTION_KERNELS)
-        linears[keep] = counts[torch.ops.aten.addmm.default]
+        linears[keep] = counts[torch.ops.wan.plain_product.default]
     # Self- and cross-attention; cross-attention alone; none.
     assert attention["host"] == attention["nothing"] == 2 * BLOCKS
     assert attention["attention"] == attention["products"] == BLOCKS
-    assert attention["everything"] == linears["everything"] == linears["products"] == 0
-    assert linears["nothing"] == linears["attention"] > 0
+    assert attention["everything"] == 0
+    gradients = 8 * BLOCKS  # of inputs: that of the text, which two linears have, needs none
+    assert linears["everything"] == linears["products"] == gradients
+    assert linears["nothing"] == linears["attention"] > gradients
 
 
 def test_sampling_runs_without_keeping_anything(inputs: Inputs) -> None:
@@ -141,6 +143,34 @@ def test_compiled_blocks_share_a_graph_with_adapters_in_it(inputs: Inputs, plain
         transformer.zero_grad()
         gradient(transformer, inputs)
         assert graphs_compiled() == made
+
+
+def kept_for_backward(keep: Keep, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Tensors of all tokens and channels that a compiled block saves, beside its input."""
+    partition = partial(torch.compile, backend="aot_eager_decomp_partition")
+    monkeypatch.setattr(torch, "compile", partition)
+    transformer, saved = model(), {}
+    prepare_blocks(transformer, (keep,) * BLOCKS, True, CPU)
+    rotary = transformer.rope(inputs.x)
+    tokens, width = rotary[0].shape[1], TINY.transformer.dim
+    hidden = torch.randn(1, tokens, width, requires_grad=True)
+
+    def save(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        text, modulation = torch.randn(1, 512, width), torch.randn(1, 1, 6, width)
+        blocks_of(transformer)[0](hidden, text, modulation, rotary)
+    saved.pop(hidden.data_ptr(), None)
+    return sum(t.numel() % (tokens * width) == 0 for t in saved.values() if tokens in t.shape)
+
+
+def test_a_compiled_block_keeps_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = random_inputs(TINY, (5, 48, 80), CPU)  # of 30 tokens: no other side is as long
+    monkeypatch.setattr(speed, "SMALL", 0)  # in so small a model, all products are
+    assert kept_for_backward("nothing", inputs, monkeypatch) == 0
+    assert kept_for_backward("attention", inputs, monkeypatch) == 1
 
 
 @pytest.mark.usefixtures("traced")

@@ -65,6 +65,7 @@ def main() -> None:
     for each in (profile, fit):
         each.add_argument("--frozen", choices=("fp8", "fp8_weights", "int8", "nf4"))
         each.add_argument("--keep", choices=("auto", *KEEPS), default="auto")
+    fit.add_argument("--steps", type=int, default=3)
     fit.add_argument("--eager", action="store_true")
     cache.add_argument("folder", type=Path)
     cache.add_argument("--clips", type=int, default=24)
@@ -93,6 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.frozen,
             arguments.keep,
             compiled=not arguments.eager,
+            steps=arguments.steps,
         )
         for shape in arguments.shapes:
             print(json.dumps(bench_fit(facts, arguments.blocks, shape, setup)), flush=True)

@@ -36,11 +36,12 @@ class Setup:
     frozen: FrozenFormat | None
     keep: Keep | Auto
     compiled: bool
+    steps: int
 
 
 def bench_fit(facts: Variant, blocks: int, shape: Shape, setup: Setup) -> dict[str, object]:
-    """Three steps of AdamW of one expert: seconds of the last, the peak, or where memory ended."""
-    device = torch.device("cuda")
+    """Steps of AdamW of one expert: seconds of the last, the peak, or where memory ended."""
+    device = torch.device("cuda", 0)
     torch.cuda.init()
     if setup.cap_gib is not None:
         total = torch.cuda.get_device_properties(device).total_memory
@@ -57,7 +58,7 @@ def bench_fit(facts: Variant, blocks: int, shape: Shape, setup: Setup) -> dict[s
         kept = set_up_blocks(transformer, setup.keep, setup.compiled, inputs.x.shape, rows=1)
         line["kept"] = {kind: kept.count(kind) for kind in dict.fromkeys(kept)}
         optimizer = torch.optim.AdamW(adapter_parameters(transformer), lr=1e-4, fused=True)
-        for step in range(3):
+        for step in range(setup.steps):
             doing = f"step {step + 1}"
             reset_peak(device)
             started = time.perf_counter()

@@ -24,10 +24,10 @@ from torch.nn import functional as F
 from wan import lora
 from wan.compiler import graphs_compiled
 from wan.flow import timestep_of
+from wan.frozen_linear import FrozenLinear
 from wan.key_names import transformer_config
 from wan.lora import split_module
 from wan.memory import set_up_blocks
-from wan.quantise import FrozenLinear
 from wan.quantised_weight import FrozenFormat, pack
 from wan.speed import Keep, blocks_of, prepare_blocks
 from wan.text import pad_text

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
+from wan.adapted_linear import AdaptedLinear
 from wan.adapter_kinds import (
     Dora,
     Factor,
@@ -122,6 +123,7 @@ def attach(
         lora_dropout=dropout,
         target_modules=[*targets],
     )
+    config._register_custom_module({nn.Linear: AdaptedLinear})
     transformer.requires_grad_(False)
     # PEFT's own init, replaced below, draws from the global generator.
     with torch.random.fork_rng(devices=[]):

@@ -15,6 +15,8 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import nn
 
+from wan.context import context_of, most_of_all, rows_of_tokens
+from wan.frozen_linear import FrozenLinear
 from wan.speed import KEEPS, Keep, blocks_of, prepare_blocks
 
 Auto = Literal["auto"]
@@ -44,13 +46,23 @@ def set_up_blocks(
     device, count = transformer.device, len(blocks_of(transformer))
     chosen: tuple[Keep, ...] = ("everything" if keep == "auto" else keep,) * count
     if keep == "auto" and device.type == "cuda":
-        chosen = keep_that_fits(
-            count,
-            free_bytes(device, [p for p in transformer.parameters() if p.requires_grad]),
-            partial(measure_block, transformer, shape, rows, compiled),
-        )
+        free = free_bytes(device, [p for p in transformer.parameters() if p.requires_grad])
+        # Processes that share a sequence keep alike: what one computes again takes them all.
+        budget = -most_of_all(context_of(transformer), device, -free)[0]
+        measured = cache(partial(measure_block, transformer, shape, rows, compiled))
+        chosen = keep_that_fits(count, budget, measured)
+        if set(chosen) == {"everything"}:
+            turn_weights(transformer, budget - peak(chosen, measured))
     prepare_blocks(transformer, chosen, compiled, device)
     return chosen
+
+
+def turn_weights(transformer: WanTransformer3DModel, room: int) -> None:
+    """Keep weights in fp8 a second time, turned for the gradient of their inputs, if all fit."""
+    packed = [m for m in transformer.modules() if isinstance(m, FrozenLinear) and m.format == "fp8"]
+    if sum(linear.qweight.nbytes for linear in packed) <= room:
+        for linear in packed:
+            linear.turn()
 
 
 def keep_that_fits(
@@ -100,9 +112,11 @@ def measure_block(
     prepare_blocks(transformer, (keep,) * len(blocks_of(transformer)), compiled, device)
     batch, width = shape[0], transformer.scale_shift_table.shape[-1]
     rotary = transformer.rope(torch.empty(shape, device=device))
-    hidden = torch.randn(batch, rotary[0].shape[1], width, device=device)  # (B, L, d)
+    tokens, context = rotary[0].shape[1], context_of(transformer)
+    own = range(tokens) if context is None else context.own(tokens)
+    hidden = torch.randn(batch, len(own), width, device=device)  # (B, L, d)
     text = torch.randn(batch, 512, width, device=device, dtype=dtype)
-    modulation = torch.randn(batch, rows, 6, width, device=device)
+    modulation = rows_of_tokens(torch.randn(batch, rows, 6, width, device=device), own, tokens)
 
     def step() -> BlockBytes:
         before = _allocated(device)
@@ -117,7 +131,7 @@ def measure_block(
     measured = step()
     for parameter in block.parameters():
         parameter.grad = None
-    return measured
+    return BlockBytes(*most_of_all(context, device, measured.kept, measured.peak))
 
 
 def free_bytes(device: torch.device, parameters: Sequence[nn.Parameter]) -> int:

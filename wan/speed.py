@@ -24,7 +24,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-import wan.quantised_product  # noqa: F401  (defines torch.ops.wan)
+import wan.frozen_operators  # noqa: F401  (defines torch.ops.wan)
 from wan import compiler
 from wan.offload import BlockForward, checkpoint_in_host
 from wan.transformer import Rotary, block_forward
@@ -61,11 +61,12 @@ ATTENTION_KERNELS = frozenset(
         "_scaled_dot_product_flash_attention_for_cpu",
     )
 )
-# What a frozen linear comes to: all have biases. Adapters have none, theirs are mm.
+# What a frozen linear comes to: all have biases. An adapter's first factor has none and is mm.
 LINEAR_KERNELS = frozenset(
     (
         torch.ops.aten.addmm.default,
-        torch.ops.aten._scaled_mm.default,
+        torch.ops.wan.plain_product.default,
+        torch.ops.wan.fp8_product.default,
         torch.ops.wan.whole_product.default,
     )
 )
@@ -113,15 +114,8 @@ def _training_forward(keep: Keep, compiled: bool, device: torch.device) -> Block
         )
     if keep == "everything":
         return compiler.compiled(block_forward) if compiled else block_forward
-    recomputing = _recomputing if keep == "nothing" else _selective(keep)
+    recomputing = _selective(keep)
     return compiler.compiled(recomputing) if compiled else recomputing
-
-
-def _recomputing(
-    block: nn.Module, hidden: Tensor, text: Tensor, modulation: Tensor, rotary: Rotary
-) -> Tensor:
-    arguments = (block, hidden, text, modulation, rotary)
-    return cast("Tensor", checkpoint(block_forward, *arguments, use_reentrant=False))
 
 
 def _selective(keep: Keep) -> BlockForward:
@@ -146,7 +140,9 @@ def _policy(
     Small products always are: the adapters' inner ones, and keys and values of the text.
     """
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    if operator in ATTENTION_KERNELS:
+    if keep == "nothing":  # said of each: untold, the compiler keeps what our operators return
+        kept = False
+    elif operator in ATTENTION_KERNELS:
         query, key = tensors[:2]
         kept = query.shape[-2] == key.shape[-2]
     elif operator in SMALL_KERNELS and tensors[-2].shape[0] * tensors[-1].shape[1] <= SMALL:

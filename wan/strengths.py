@@ -10,6 +10,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from wan.adapted_linear import AdaptedLinear
 from wan.adapter_kinds import plain_factors
 from wan.lora import adapter_layers, keep_masters, lora_layers
 
@@ -36,6 +37,7 @@ def load_adapter(
         alpha_pattern=others,
         target_modules=[*ranks],
     )
+    config._register_custom_module({nn.Linear: AdaptedLinear})
     with _trainability_kept(transformer), torch.random.fork_rng(devices=[]):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # meant

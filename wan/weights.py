@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wan.dequantise import dequantise_fp8, dequantise_gguf, gguf_tensors, quantisation
+from wan.frozen_linear import FrozenLinear
 from wan.headers import ModelError
 from wan.key_names import TIED_EMBEDDING, library_name
 from wan.lora import split_module
-from wan.quantise import FrozenLinear
 from wan.quantised_weight import FrozenFormat, PackedWeight, check_format, fp8_as_stored, pack
 from wan.recognise import EXTRAS, SCALES, Weights
 
