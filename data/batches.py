@@ -1,18 +1,19 @@
 """Batches as a function of (seed, place): any step can be made again alone, on any machine.
 
-A `place` counts the batches of a run, over all processes: with the order's fingerprint it is all
-that must be saved. Random numbers come from `random.Random`, whose `random()` gives the same
-sequence for a seed on every platform and version of Python.
+A `place` counts the batches of a run, over all processes: with the few batches that wait for others
+of their shape, and the order's fingerprint, it is all that must be saved. Random numbers come from
+`random.Random`, whose `random()` gives the same sequence for a seed on every platform and version
+of Python.
 """
 
 import hashlib
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import floor
 from random import Random
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +33,10 @@ class BatchOrder:
     later epochs (every second one), and different clips rest in different epochs. A batch holds
     clips of one bucket; the last of a bucket is completed with clips of the same bucket, from the
     start of the epoch's order, so no clip is ever dropped.
+
+    The batches of one step, `together`, are of one bucket, so that no process waits for another's
+    longer clips: a batch waits, into later epochs if need be, until so many of its shape were
+    drawn. Nothing is repeated or left out for that; with one batch a step nothing waits.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class BatchOrder:
         batch_size: int,
         seed: int,
         clips: str = "",
+        together: int = 1,
     ) -> None:
         """`buckets` and `visits` hold one value for each clip; `clips` identifies them all."""
         assert buckets, "no clips"
@@ -50,41 +56,82 @@ class BatchOrder:
         for index, bucket in enumerate(buckets):
             groups[bucket].append(index)
         self._groups = [groups[bucket] for bucket in sorted(groups)]
+        self._buckets = list(buckets)
         self._visits = list(visits)
         self._batch_size = batch_size
         self._seed = seed
-        self._starts = [0]  # the first place of each epoch, as far as it was asked for
+        self._together = together
+        self._starts = [0]  # the first draw of each epoch, as far as it was asked for
         self._last: tuple[int, list[list[int]]] = (-1, [])  # an epoch and its batches
         facts = repr((list(buckets), self._visits, batch_size, seed, clips))
         self._fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:16]
+        self.start_at(0, [])
+
+    def start_at(self, place: int, waiting: Sequence[int]) -> None:
+        """Begin with a step at `place`; the draws `waiting` were passed over before it."""
+        self._first, self._passed = place, list(waiting)
+        self._taken: list[tuple[int, list[int]]] = []  # (draw, clips) of the places from there on
+        self._next = place + len(waiting)  # the draw that comes next
+        self._queues: dict[Bucket, list[tuple[int, list[int]]]] = defaultdict(list)
+        for draw in waiting:
+            self._queue(draw)
 
     def indices(self, place: int) -> list[int]:
         """The clips of the batch at `place`, always `batch_size` of them."""
-        while self._starts[-1] <= place:
+        assert place >= self._first, f"place {place} lies before {self._first}, the first"
+        while len(self._taken) <= place - self._first:
+            full = next((q for q in self._queues.values() if len(q) >= self._together), None)
+            if full is None:
+                self._queue(self._next)
+                self._next += 1
+            else:
+                self._taken += full[: self._together]
+                del full[: self._together]
+        return self._taken[place - self._first][1]
+
+    def _queue(self, draw: int) -> None:
+        """Let a batch wait for others of its shape."""
+        clips = self._drawn(draw)
+        self._queues[self._buckets[clips[0]]].append((draw, clips))
+
+    def _drawn(self, draw: int) -> list[int]:
+        """The clips of a batch by its number in the order in which batches are drawn."""
+        while self._starts[-1] <= draw:
             epoch = len(self._starts) - 1
             self._starts.append(self._starts[-1] + self.batches_in_epoch(epoch))
-        epoch = bisect_right(self._starts, place) - 1
+        epoch = bisect_right(self._starts, draw) - 1
         if self._last[0] != epoch:
             self._last = (epoch, self._batches(epoch))
-        return self._last[1][place - self._starts[epoch]]
+        return self._last[1][draw - self._starts[epoch]]
 
     def batches_in_epoch(self, epoch: int) -> int:
         """How many batches an epoch has; all have as many if no visits are fractions."""
         counts = (sum(self._count(clip, epoch) for clip in group) for group in self._groups)
         return sum(-(-count // self._batch_size) for count in counts)
 
-    def state(self, place: int) -> dict[str, int | str]:
-        """What to save in order to go on at `place`."""
-        return {"place": place, "order": self._fingerprint}
+    def state(self, place: int) -> dict[str, object]:
+        """What to save in order to go on with a step at `place`, the end of one before."""
+        if place > self._first:
+            self.indices(place - 1)
+        taken = {draw for draw, _ in self._taken[: place - self._first]}
+        end = max([*taken, *self._passed, place - 1]) + 1  # of what was drawn until then
+        drawn = [*self._passed, *range(self._first + len(self._passed), end)]
+        waiting = [draw for draw in drawn if draw not in taken]
+        return {"place": place, "order": self._fingerprint, "waiting": waiting}
 
-    def place_of(self, state: dict[str, int | str]) -> int:
-        """The place that was saved; `DataError` if it was of other clips, weights or settings."""
+    def go_on(self, state: Mapping[str, object]) -> int:
+        """Start at the place that was saved, with steps of any size, and return it.
+
+        `DataError` if it was of other clips, weights or settings.
+        """
         if state["order"] != self._fingerprint:
             raise DataError(
                 f"the saved place {state['place']} belongs to another order of batches: the clips, "
                 "their weights, batch_size or seed have changed since; restore them, or start anew"
             )
-        return int(state["place"])
+        place = cast("int", state["place"])
+        self.start_at(place, cast("list[int]", state.get("waiting", [])))
+        return place
 
     def _count(self, clip: int, epoch: int) -> int:
         """How often a clip is seen in an epoch."""

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from math import floor
+from typing import cast
 
 import pytest
 
@@ -26,6 +27,11 @@ def epochs_of(order: BatchOrder, count: int) -> list[list[list[int]]]:
         epochs.append([order.indices(place + position) for position in range(size)])
         place += size
     return epochs
+
+
+def waiting_at(order: BatchOrder, place: int) -> list[int]:
+    """The draws that were passed over before a place."""
+    return cast("list[int]", order.state(place)["waiting"])
 
 
 def counts_of(epoch: list[list[int]]) -> Counter[int]:
@@ -140,12 +146,61 @@ def test_processes_see_together_what_one_sees(processes: int) -> None:
     assert seen == [one.indices(place) for place in range(20 * processes)]
 
 
+@pytest.mark.parametrize("together", [2, 3, 8])
+def test_the_batches_of_a_step_are_of_one_shape(together: int) -> None:
+    visits = [2.0, 0.5, 1.0, 1.0, 1 / 3, 1.0, 1.0, 1.0, 2.0, 1.0, 1.0]
+    order = BatchOrder(BUCKETS, visits, 2, seed=4, together=together)
+    batches = [order.indices(place) for place in range(300 * together)]
+    for start in range(0, len(batches), together):
+        step = batches[start : start + together]
+        assert len({BUCKETS[clip] for batch in step for clip in batch}) == 1
+    # Nothing is repeated or left out for it, but for the few that wait at the end.
+    plain = BatchOrder(BUCKETS, visits, 2, seed=4)
+    waiting = [plain.indices(draw) for draw in waiting_at(order, len(batches))]
+    drawn = [plain.indices(draw) for draw in range(len(batches) + len(waiting))]
+    assert sorted(batches + waiting) == sorted(drawn)
+    assert len(waiting) <= 3 * (together - 1)
+
+
+def test_batches_of_one_shape_or_one_alone_wait_for_nothing() -> None:
+    for buckets, together in ((BUCKETS, 1), ([IMAGE] * 11, 4)):
+        order = BatchOrder(buckets, [1.0] * 11, 2, seed=4, together=together)
+        plain = BatchOrder(buckets, [1.0] * 11, 2, seed=4)
+        assert [order.indices(p) for p in range(60)] == [plain.indices(p) for p in range(60)]
+        assert order.state(20)["waiting"] == []
+
+
+@pytest.mark.parametrize("other", [1, 2, 3, 4])
+def test_steps_of_another_size_go_on_with_what_was_not_seen(other: int) -> None:
+    """Also twice, and with the batches that waited: each is seen once."""
+    orders = [BatchOrder(BUCKETS, [1.0] * 11, 2, 4, together=n) for n in (4, other, 3)]
+    seen, end, state = [], 0, orders[0].state(0)
+    for order, steps, size in zip(orders, (5, 7, 40), (4, other, 3), strict=True):
+        place = order.go_on(json.loads(json.dumps(state)))
+        end = place + steps * size
+        seen += [order.indices(p) for p in range(place, end)]
+        state = order.state(end)
+    plain = BatchOrder(BUCKETS, [1.0] * 11, 2, 4)
+    rest = [plain.indices(draw) for draw in waiting_at(orders[-1], end)]
+    assert sorted(seen + rest) == sorted(plain.indices(d) for d in range(len(seen) + len(rest)))
+
+
+def test_steps_go_on_as_if_they_had_never_stopped() -> None:
+    whole = BatchOrder(BUCKETS, [0.5] * 11, 2, seed=0, together=3)
+    expected = [whole.indices(place) for place in range(90)]
+    for stop in range(0, 90, 3):
+        again = BatchOrder(BUCKETS, [0.5] * 11, 2, seed=0, together=3)
+        assert again.go_on(whole.state(stop)) == stop
+        assert [again.indices(place) for place in range(stop, 90)] == expected[stop:]
+        assert again.state(90) == whole.state(90)
+
+
 def test_a_saved_place_is_found_again() -> None:
     order = BatchOrder(BUCKETS, [0.5] * 11, 2, seed=0)
     expected = [order.indices(place) for place in range(17, 30)]
     state = json.loads(json.dumps(order.state(17)))
     again = BatchOrder(BUCKETS, [0.5] * 11, 2, seed=0)
-    place = again.place_of(state)
+    place = again.go_on(state)
     assert place == 17
     assert [again.indices(place + step) for step in range(13)] == expected
 
@@ -164,4 +219,4 @@ def test_a_saved_place_is_found_again() -> None:
 )
 def test_a_place_of_another_order_is_refused(other: BatchOrder) -> None:
     with pytest.raises(DataError, match=r"place 17 .*another order.*restore them, or start anew"):
-        other.place_of(plain(BUCKETS, 2, 0).state(17))
+        other.go_on(plain(BUCKETS, 2, 0).state(17))

@@ -15,7 +15,7 @@ from train.step import NoiseDraw, draw_noise, velocity_error
 from wan import lora
 from wan.checkpoints import ModelPaths, find_model, load_transformer
 from wan.flow import TimestepLaw, expert_range
-from wan.transformer import sinusoid
+from wan.transformer import TEXT_LEN, TEXT_PART, sinusoid
 from wan.variants import EXPERTS, Expert, variant
 
 LAW = TimestepLaw("logit_normal", shift=3.0)
@@ -126,7 +126,8 @@ def test_the_model_gets_its_dtype_and_padded_text_and_fp32_timesteps(
     assert given["attention"].dtype == given["text"].dtype == transformer.dtype
     assert given["time"].dtype == torch.float32
     assert torch.equal(given["time"][:, 0], sinusoid(1000 * noisy.sigma, 32))
-    assert given["text"].shape == (2, 512, 32)
+    rows = TEXT_PART if transformer.dtype == torch.float32 else TEXT_LEN  # of those alike, one
+    assert given["text"].shape == (2, rows, 32)
     for row, embedding in zip(given["text"], text, strict=True):
         assert torch.equal(row[: len(embedding)], embedding.to(row.dtype))
         assert not row[len(embedding) :].any()

@@ -3,6 +3,7 @@
 import hashlib
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from train.run import Run, sample
 from train.run_folder import BASE_SAMPLES
+from train.stopping import on_any
 from wan.safetensors_writer import data_sha256, write_safetensors
 
 
@@ -22,10 +24,9 @@ def base_samples(run: Run) -> list[np.ndarray]:
     path = run.folder / "samples" / BASE_SAMPLES
     made_of = repr((run.previews, run.exporter.base_hash, asdict(run.config.model)))
     recipe = hashlib.sha256(made_of.encode()).hexdigest()
-    with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
-        kept = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        if file.metadata() == {"recipe": recipe, "data": data_sha256(kept)}:
-            return [kept[name].numpy() for name in sorted(kept)]
+    kept = _read(path, recipe)
+    if not on_any(run.accelerator, not kept):  # they are rendered by all or none
+        return kept
     videos = sample(run, {})
     if run.accelerator.is_main_process and videos:
         tensors = {f"{index:04d}": torch.from_numpy(video) for index, video in enumerate(videos)}
@@ -34,3 +35,12 @@ def base_samples(run: Run) -> list[np.ndarray]:
             metadata = {"recipe": recipe, "data": data_sha256(tensors)}
             write_safetensors(path, tensors, metadata)
     return videos
+
+
+def _read(path: Path, recipe: str) -> list[np.ndarray]:
+    """What was kept, if it is there, sound, and made by this recipe."""
+    with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
+        kept = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        if file.metadata() == {"recipe": recipe, "data": data_sha256(kept)}:
+            return [kept[name].numpy() for name in sorted(kept)]
+    return []

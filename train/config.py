@@ -114,6 +114,7 @@ class SpeedConfig:
         "activations that a step keeps rather than computes twice; auto = as fits the card",
         rule=one_of("auto", *KEEPS),
     )
+    context: int = key(1, "processes that share a clip, each with its tokens", "processes", COUNT)
 
 
 @dataclass
@@ -340,6 +341,11 @@ class Config:
     seed: int = key(0, "seed of initial weights, order, noise and noise levels", rule=COUNT_OR_0)
     experts: list[str] | None = key(
         None, "experts to train; null = all of the model", rule=EXPERT_LIST
+    )
+    launch: str = key(
+        "together",
+        "what several processes share: each step, or the experts, one for each process",
+        rule=one_of("together", "experts"),
     )
     steps: int = key(2000, "length of each expert's training", "optimizer steps", COUNT)
     turn_steps: int = key(

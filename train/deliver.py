@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from train import report
+from train.apart import hand_over
 from train.learner import TrainingStopped, as_used
 from train.run import Run, sheet_of
 from train.run_folder import write_summary
@@ -45,6 +46,7 @@ def _export(
         files = run.exporter.write(
             run.folder, run.config.name, run.experts, run.learners, losses, best
         )
+        hand_over(run.config)
     except OSError as error:
         raise TrainingStopped(
             f"the adapters cannot be written to {run.folder} ({error.strerror or error}). The run "

@@ -13,6 +13,7 @@ from train.step import predicted_velocity
 from train.validate import HeldoutPlan, Progress, fixed_choice, samples_of
 from wan import flow
 from wan.strengths import without_adapter
+from wan.transformer import device_of
 from wan.variants import Expert, Variant
 
 CLIPS = 4  # at most
@@ -69,7 +70,7 @@ def prior_drift(
             if plan.texts:
                 text = plan.texts[clip % len(plan.texts)]
                 batch = replace(batch, text=[text] * len(batch.clips))
-            device = transformer.device
+            device = device_of(transformer)
             x0, noise = batch.latents.to(device, torch.float32), draw.noise.to(device)
             asked = (batch, x0, noise, draw.sigma, facts)
             adapted, weight = predicted_velocity(transformer, *asked)

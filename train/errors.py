@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import yaml
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf.errors import (
@@ -19,9 +20,12 @@ from data.items import DataError
 from train.compose import unknown_key
 from train.config import schema
 from train.learner import TrainingStopped
+from train.out_of_memory import MemoryFull
 from train.rules import ConfigError
 from wan.checkpoints import ModelError
 
+# What one of several processes may meet alone: a clip that is gone, memory that is full.
+OF_ONE_PROCESS = (DataError, MemoryFull)
 # What Hydra raises for some settings that are none: it has no class of its own for them.
 RAISED_BY_HYDRA = (
     ValueError,
@@ -52,7 +56,8 @@ def clear_errors() -> Iterator[None]:
         ConfigCompositionException,
         OmegaConfBaseException,
     ) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # under a launcher, one process speaks for all
+        # Under a launcher one process speaks for all, but of what it does not know.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OF_ONE_PROCESS):
             sys.stderr.write(f"error: {explain(error)}\n")
         raise SystemExit(2) from None
     except (*RAISED_BY_HYDRA, yaml.YAMLError) as error:
@@ -64,6 +69,19 @@ def clear_errors() -> Iterator[None]:
             f"the file of conf that you chose{_line(error)}\n"
         )
         raise SystemExit(2) from None
+    except RuntimeError as error:
+        if not _lost_a_process(error):
+            raise
+        sys.stderr.write(
+            "error: another process of this run has ended, and so does this one. What it said, or "
+            "what the launcher says of it, is the cause; then the same command goes on.\n"
+        )
+        raise SystemExit(2) from None
+
+
+def _lost_a_process(error: RuntimeError) -> bool:
+    """Whether a process that this one waited for is gone: gloo's errors have no class."""
+    return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
 
 
 def _reads_settings(error: Exception) -> bool:
@@ -122,8 +140,8 @@ def _wrong_setting(error: OmegaConfBaseException) -> str:
     if isinstance(error, (ConfigAttributeError, ConfigKeyError)):
         return str(unknown_key(path, schema()))
     known = schema().get(path)
-    if isinstance(error, ValidationError) and known is None:
-        keys = [name for name in schema() if name.startswith(f"{path}.")]
+    keys = [name for name in schema() if name.startswith(f"{path}.")]
+    if isinstance(error, ValidationError) and keys:
         return f"{path} is a section, not a key: set {', '.join(keys)}"
     found = str(error.msg or error).splitlines()[0].rstrip(".")
     if known is None:

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
+from train.apart import as_one_run
 from train.compose import resolved_yaml
 from train.config import Config
 from train.ema import averaged
@@ -32,6 +33,7 @@ class Exporter:
         self._variant = model.variant
         self._started = datetime.now(UTC)
         self._config_hash = hashlib.sha256(resolved_yaml(config).encode()).hexdigest()
+        self._pair_hash = hashlib.sha256(resolved_yaml(as_one_run(config)).encode()).hexdigest()
         self._dataset_hash = dataset.fingerprint()
         self._num_items = len(dataset.train)
         self.base_hash: dict[Expert, str] = {
@@ -92,9 +94,9 @@ class Exporter:
             config_sha256=self._config_hash,
             base_hash=self.base_hash[learner.expert],
             dataset_hash=self._dataset_hash,
-            pair_id=hashlib.sha256(
-                f"{self._config_hash} {self._dataset_hash}".encode()
-            ).hexdigest()[:16],
+            pair_id=hashlib.sha256(f"{self._pair_hash} {self._dataset_hash}".encode()).hexdigest()[
+                :16
+            ],
             date=_iso(datetime.now(UTC)),
             started=_iso(self._started),
             trigger=config.data.trigger or "",

@@ -17,6 +17,7 @@ from wan.strengths import adapter_strengths, load_adapter, set_strengths
 from wan.variants import Expert, Variant
 
 FEW_STEP = "few_step"  # the name of a distilled adapter on its expert
+ELSEWHERE = "elsewhere"  # that of an adapter which another process trains
 
 
 def few_step_files(given: Sequence[str], facts: Variant) -> dict[Expert, Path]:
@@ -41,25 +42,31 @@ def few_step_files(given: Sequence[str], facts: Variant) -> dict[Expert, Path]:
 
 @contextmanager
 def at_strengths(
-    experts: Experts, strengths: Mapping[Expert, float], few_step: Mapping[Expert, Path]
+    experts: Experts,
+    strengths: Mapping[Expert, float],
+    few_step: Mapping[Expert, Path],
+    elsewhere: Mapping[Expert, Path] | None = None,
 ) -> Iterator[None]:
     """Within the block the trained adapters work at these strengths, 0 for an expert not named.
 
-    The distilled adapters of the files `few_step` are there too, at 1: at their speed.
+    The distilled adapters of the files `few_step` are there too, at 1: at their speed. So are the
+    adapters `elsewhere`, of experts that other processes train.
     """
-    loaded: list[Expert] = []
+    files = {FEW_STEP: few_step, ELSEWHERE: elsewhere or {}}
+    loaded: list[tuple[Expert, str]] = []
     try:
-        for expert, path in few_step.items():
-            put_on(experts, expert, path, FEW_STEP)
-            loaded.append(expert)
+        for name, of_experts in files.items():
+            for expert, path in of_experts.items():
+                put_on(experts, expert, path, name)
+                loaded.append((expert, name))
         for expert in experts:
-            wanted = {ADAPTER: strengths.get(expert, 0.0), FEW_STEP: 1.0}
+            wanted = {ADAPTER: strengths.get(expert, 0.0), FEW_STEP: 1.0, ELSEWHERE: 1.0}
             known = adapter_strengths(experts[expert])
             set_strengths(experts[expert], {n: s for n, s in wanted.items() if n in known})
         yield
     finally:
-        for expert in loaded:
-            experts[expert].delete_adapters(FEW_STEP)
+        for expert, name in loaded:
+            experts[expert].delete_adapters(name)
         for expert in experts:
             if ADAPTER in adapter_strengths(experts[expert]):
                 set_strengths(experts[expert], {ADAPTER: 1.0})

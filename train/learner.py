@@ -18,6 +18,7 @@ from train import ema, optim
 from train.compose import lora_ranks, trained_experts
 from train.config import Config, ExpertConfig
 from train.encode import EncodedDataset
+from train.groups import groups, own_group
 from train.speed import prepare_to_train
 from train.start import Start, begin
 from train.step import draw_noise, velocity_error
@@ -55,6 +56,7 @@ class Learner:
     uses_ema: bool = False  # the average is what is measured, rendered and exported
     shows_ema: bool = False  # the parameters are the average just now
     kept: tuple[Keep, ...] = ()  # what each block keeps for its backward pass
+    place: int = 0  # of the batch at work
     updating: bool = False  # the optimizer is at work: an error now leaves an update half done
 
 
@@ -70,6 +72,8 @@ class StepFigures:
     problem: str | None = None  # why nothing was updated
     seconds: Mapping[str, float] = field(default_factory=dict)  # of this process, by part
     megapixel_frames: float = 0.0  # of all samples
+    waiting: float = 0.0  # share of their time in which processes waited for the slowest
+    imbalance: float = 0.0  # how much more than the mean the busiest process had to see
 
 
 def make_learner(
@@ -79,6 +83,7 @@ def make_learner(
     experts: Experts,
     dataset: EncodedDataset,
     start: Start | None = None,
+    processes: int = 1,
 ) -> Learner:
     """Attach an adapter, fresh or from a file, and make its optimizer. Only it will move."""
     settings: ExpertConfig = attrgetter(expert)(config)
@@ -107,6 +112,7 @@ def make_learner(
             config.batch_size,
             seed,
             dataset.fingerprint(),
+            together=config.accumulate * processes,
         ),
         seed=seed,
         draws=sample_draws(config, facts, seed),
@@ -123,10 +129,11 @@ def make_learners(
     experts: Experts,
     dataset: EncodedDataset,
     starts: Mapping[Expert, Start],
+    processes: int,
 ) -> dict[Expert, Learner]:
     """A learner for each expert that is trained, in the order of the variant's experts."""
     return {
-        expert: make_learner(expert, config, facts, experts, dataset, starts.get(expert))
+        expert: make_learner(expert, config, facts, experts, dataset, starts.get(expert), processes)
         for expert in trained_experts(config)
     }
 
@@ -175,11 +182,12 @@ def train_step(
     finite, on any process, nothing is updated on all of them and the figures say why.
     """
     transformer = experts[learner.expert]
-    places = step_places(learner, step, config.accumulate, accelerator.num_processes)
+    parts = groups(config, accelerator)
+    places = step_places(learner, step, config.accumulate, parts)
     losses, sigmas = [], []
     started, data = time.monotonic(), 0.0
-    for place in places[accelerator.process_index :: accelerator.num_processes]:
-        asked = time.monotonic()
+    for place in places[own_group(config, accelerator) :: parts]:
+        asked, learner.place = time.monotonic(), place
         batch = load_batch(dataset.train, learner.order.indices(place), learner.draws, place)
         draw = draw_noise(
             learner.law,
@@ -196,9 +204,10 @@ def train_step(
         (weighted.mean() / config.accumulate).backward()
         losses.append(loss.detach())
         sigmas.append(draw.sigma)
+    waiting = _waiting(time.monotonic() - started, accelerator)
     average_gradients(learner.parameters, accelerator)
     grad_norm = nn.utils.clip_grad_norm_(learner.parameters, config.optim.max_grad_norm)
-    all_losses, all_sigmas, norm = _gathered(losses, sigmas, grad_norm, accelerator)
+    all_losses, all_sigmas, norm = _gathered(losses, sigmas, grad_norm, config, accelerator)
     computed = time.monotonic()
     optim.set_learning_rate(
         learner.optimizer,
@@ -208,7 +217,8 @@ def train_step(
     )
     rate = optim.effective_learning_rate(learner.optimizer)
     figures = StepFigures(all_losses.mean().item(), all_losses, all_sigmas, norm, rate)
-    clips = [dataset.train.clips[c] for c in _clips_of(learner, places, accelerator.num_processes)]
+    clips = [dataset.train.clips[c] for c in _clips_of(learner, places, parts)]
+    seen = [megapixel_frames(clip.bucket) for clip in clips]
     if not math.isfinite(all_losses.sum().item() + norm):
         names = [clip.name for clip in clips]
         figures = replace(figures, problem=_not_finite(step, figures, names))
@@ -217,8 +227,27 @@ def train_step(
     return replace(
         figures,
         seconds={"data": data, "compute": computed - started - data, "update": update},
-        megapixel_frames=sum(megapixel_frames(clip.bucket) for clip in clips),
+        megapixel_frames=sum(seen),
+        waiting=waiting,
+        imbalance=_imbalance(seen, parts),
     )
+
+
+def _waiting(seconds: float, accelerator: Accelerator) -> float:
+    """The share of their time in which processes wait for the one that took longest."""
+    if accelerator.num_processes == 1:
+        return 0.0
+    if accelerator.device.type == "cuda":
+        torch.cuda.synchronize()  # what follows waits for it anyway
+    took = accelerator.gather(torch.tensor([seconds], device=accelerator.device))
+    assert isinstance(took, Tensor)
+    return 1 - (took.mean() / took.max()).item()
+
+
+def _imbalance(seen: Sequence[float], processes: int) -> float:
+    """How much more the busiest process had to see than the mean; `seen` is process by process."""
+    each = torch.tensor(seen).view(processes, -1).sum(dim=1)
+    return (each.max() / each.mean()).item() - 1
 
 
 def step_places(learner: Learner, step: int, accumulate: int, processes: int) -> range:
@@ -228,22 +257,27 @@ def step_places(learner: Learner, step: int, accumulate: int, processes: int) ->
 
 
 def _gathered(
-    losses: Sequence[Tensor], sigmas: Sequence[Tensor], norm: Tensor, accelerator: Accelerator
+    losses: Sequence[Tensor],
+    sigmas: Sequence[Tensor],
+    norm: Tensor,
+    config: Config,
+    accelerator: Accelerator,
 ) -> tuple[Tensor, Tensor, float]:
-    """Losses and sigmas (samples,) of all processes, process by process, and the gradient's norm.
+    """Losses and sigmas (samples,) of all groups of processes, in order, and the gradient's norm.
 
     The device is waited for once: here.
     """
     own = torch.stack([torch.cat([rows.to(norm.device) for rows in s]) for s in (losses, sigmas)])
     rows = accelerator.gather(own[None])  # (processes, 2, samples of each)
     assert isinstance(rows, Tensor)
+    rows = rows[:: config.speed.context]  # (groups, 2, samples of each)
     flat = torch.cat([rows.transpose(0, 1).flatten(), norm.float()[None]]).cpu()
     all_losses, all_sigmas = flat[:-1].view(2, -1)
     return all_losses, all_sigmas, flat[-1].item()
 
 
 def _clips_of(learner: Learner, places: range, processes: int) -> list[int]:
-    """The clips of a step on all processes, in the order of its gathered losses."""
+    """The clips of a step on all groups of processes, in the order of its gathered losses."""
     in_order = [place for process in range(processes) for place in places[process::processes]]
     return [clip for place in in_order for clip in learner.order.indices(place)]
 

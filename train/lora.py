@@ -15,8 +15,8 @@ import torch
 from accelerate import Accelerator
 from omegaconf import DictConfig
 
-from data.items import DataError
 from train import optim, report
+from train.apart import own_run, withdraw
 from train.base_samples import base_samples
 from train.compose import typed
 from train.config import Config
@@ -26,10 +26,11 @@ from train.drift import plan_drift
 from train.encode import encode_dataset, model_paths
 from train.errors import clear_errors
 from train.export import Exporter
+from train.groups import check_groups, check_heads, groups, shared_context
 from train.history import History
 from train.learner import make_learners, timestep_law, train_step
 from train.other_trackers import check_trackers
-from train.out_of_memory import out_of_memory
+from train.out_of_memory import Moment, moment_of, out_of_memory, phase_of
 from train.preview import plan_previews
 from train.rehearsal import rehearsed
 from train.resume import restore, tracker_state
@@ -50,9 +51,11 @@ from wan.variants import VARIANTS
 
 def train(config: Config) -> None:
     """The whole run, from its start or from where it stopped, to its end or a request to stop."""
+    config, launched = own_run(config)
     accelerator = Accelerator()
+    check_groups(config, accelerator)
     main = accelerator.is_main_process
-    if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+    if accelerator.device.type == "cpu" and launched == 1:
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # `accelerate launch` leaves it one
     with stop_requests(config.checkpoint.time_limit) as stop:
         try:
@@ -66,12 +69,19 @@ def train(config: Config) -> None:
             try:
                 advance(run)
                 deliver(run)
+            except torch.OutOfMemoryError as error:
+                rescue(run, error)
+                raise out_of_memory(config, accelerator.device, moment_of(run, error)) from error
+            except (OSError, RuntimeError, ValueError) as error:  # a clip is gone, a process dead
+                rescue(run, error)
+                raise
             finally:
                 run.tracker.finish()
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(config, accelerator.device) from error
+            moment = Moment(phase_of(error))
+            raise out_of_memory(config, accelerator.device, moment) from error
         except Stopped as stopped:
-            say(report.how_to_go_on(str(stopped), accelerator.num_processes), main)
+            say(report.how_to_go_on(str(stopped), launched), main)
 
 
 def advance(run: Run) -> None:
@@ -80,20 +90,16 @@ def advance(run: Run) -> None:
     schedule = run.tracker.progress(run.turns, "training", run.total - run.done)
     for expert, step in schedule:
         learner = run.learners[expert]
-        try:
-            with run.tracker.phase("training"):
-                figures = train_step(
-                    learner,
-                    step,
-                    run.config,
-                    run.facts,
-                    run.experts,
-                    run.dataset,
-                    run.accelerator,
-                )
-        except (DataError, OSError, RuntimeError):  # a clip is gone, memory full, a process dead
-            rescue(run)
-            raise
+        with run.tracker.phase("training"):
+            figures = train_step(
+                learner,
+                step,
+                run.config,
+                run.facts,
+                run.experts,
+                run.dataset,
+                run.accelerator,
+            )
         run.tracker.trained(run.done, run.total, learner, figures)
         if learner.bad_in_row > run.config.max_bad_steps:
             stop_at_bad_steps(run, learner, figures)
@@ -132,6 +138,7 @@ def check(config: Config, device: torch.device, progress: Progress) -> Checked:
     facts = VARIANTS[config.model.variant]
     optim.check_optimizer(config)
     check_speed(config.speed, device)
+    check_heads(config, facts)
     check_trackers(config.tracking.others)
     checked_name(config.name)
     model = find_model(model_paths(config.model), facts.name)
@@ -158,8 +165,11 @@ def prepare(
     resumed = None if folder.checkpoint is None else tracker_state(folder.checkpoint, folder.path)
     tracker = Tracker(config, folder.path, accelerator.is_main_process, resumed)
     tracker.say(report.before_training(checked, device, timestep_law(config)))
+    tracker.say(report.steps_of_one_shape(checked, groups(config, accelerator)))
     if accelerator.is_main_process:
         write_dataset(folder.path, checked.clips)
+    if resumed is None:
+        withdraw(config)
 
     with tracker.phase("encoding"):
         dataset = encode_dataset(
@@ -175,8 +185,12 @@ def prepare(
     tracker.dataset(dataset, report.clips_lines(checked.clips))
 
     with tracker.phase("loading"):
-        experts = load_to_sample(model, config.model.dtype, config.speed, device)
-        learners = make_learners(config, facts, experts, dataset, checked.starts)
+        experts = load_to_sample(
+            model, config.model.dtype, config.speed, device, shared_context(config)
+        )
+        learners = make_learners(
+            config, facts, experts, dataset, checked.starts, groups(config, accelerator)
+        )
         vae = load_vae(model, torch.float32, torch.device("cpu"))  # until there is a preview
         exporter = Exporter(config, model, dataset)
     if device.type == "cuda":

@@ -97,7 +97,7 @@ def stand_in_run(config: Config, facts: Variant, folder: Path, side: int) -> Con
     if on_gpu:
         optim = replace(optim, name="torch.optim.AdamW", args={})
     frozen = None if config.speed.frozen == "nf4" else config.speed.frozen
-    speed = replace(config.speed, attention="auto", compile=False, frozen=frozen)
+    speed = replace(config.speed, attention="auto", compile=False, frozen=frozen, context=1)
     model = replace(
         config.model,
         path=str(folder / "model"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from data.buckets import Clip, describe_buckets
+from data.buckets import Bucket, Clip, describe_buckets
 from train import plan_lines
 from train.compose import trained_experts
 from train.config import Config
@@ -66,6 +66,29 @@ def clips_lines(clips: Clips) -> str:
             *(f"note       {note}" for note in clips.notes),
         ]
     )
+
+
+def steps_of_one_shape(checked: Checked, processes: int) -> str:
+    """How many batches a step is made of, and which shapes fill one less than once an epoch."""
+    config, batches = checked.config, dict[Bucket, float]()  # of an epoch
+    together = config.accumulate * processes
+    for clip in checked.clips.train:
+        more = clip.item.visits / config.batch_size
+        batches[clip.bucket] = batches.get(clip.bucket, 0.0) + more
+    epochs = max(attrgetter(f"{e}.steps")(config) for e in trained_experts(config))
+    epochs *= together / sum(batches.values())
+    lines = [
+        f"a step     {together} batches of one shape: processes {processes}, each "
+        f"{config.accumulate} of {config.batch_size} clips"
+    ]
+    for bucket, count in sorted(batches.items()):
+        if count < together and len(batches) > 1:
+            seen = "" if epochs * count >= together else ": NEVER in these steps"
+            lines.append(
+                f"           {bucket.frames}x{bucket.height}x{bucket.width} fills one in "
+                f"{together / count:.3g} epochs{seen}; data.max_buckets merges rare shapes"
+            )
+    return "\n".join(lines)
 
 
 def _clips_line(name: str, clips: Sequence[Clip]) -> str:

@@ -1,7 +1,7 @@
 """What a run consists of once all is checked and loaded, and what is done with it repeatedly."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import Module
 
+from train.apart import is_apart, newest_of_others, shared_folder
 from train.checkpoint import checkpoint_name
 from train.config import Config
 from train.dataset import Clips
@@ -21,12 +22,13 @@ from train.encode import EncodedDataset
 from train.evaluation import Beside, Evaluated, figures, table
 from train.export import Exporter
 from train.few_step import at_strengths
+from train.groups import groups, own_group
 from train.health import adapter_health, summarised
 from train.history import History
 from train.learner import Learner, as_used
-from train.preview import PreviewPlan, render, save_samples
+from train.preview import PreviewPlan, Shot, render, save_samples
 from train.start import Start
-from train.stopping import StopRequest, on_any
+from train.stopping import Stopped, StopRequest, on_any
 from train.tracking import Tracker
 from train.turns import Turns, is_due
 from train.validate import HeldoutLoss, HeldoutPlan, heldout_loss
@@ -100,7 +102,7 @@ def measure(run: Run, done: int) -> list[HeldoutLoss]:
 
     At 0 the caller has set the adapters aside: these are the base model's.
     """
-    with run.tracker.phase("measuring"), run.stop.interruptible():
+    with run.tracker.phase("measuring"), run.stop.interruptible(run.config.speed.context == 1):
         with as_used(run.learners):
             found = [_heldout(run, expert) for expert in run.learners]
             beside: dict[Expert, Beside] = {e: _beside(run, e, done) for e in run.learners}
@@ -187,19 +189,49 @@ def conclude(run: Run) -> None:
             run.tracker.say(f"ends early {verdict.told(expert)}")
 
 
-def sample(run: Run, strengths: Mapping[Expert, float]) -> list[np.ndarray]:
+def sample(
+    run: Run, strengths: Mapping[Expert, float], elsewhere: Mapping[Expert, Path] | None = None
+) -> list[np.ndarray]:
     """The configured previews with adapters at these strengths, uint8 (T, H, W, 3) each.
 
-    The VAE is on the device only meanwhile. Nothing, with a line, if that is too much for it.
+    `elsewhere` are files of experts that other processes train. Each group of processes renders
+    its share, and all get all. Nothing, with a line, if one has not memory enough.
     """
+    shots, parts = run.previews.shots, groups(run.config, run.accelerator)
+    own = range(own_group(run.config, run.accelerator), len(shots), parts)
+    videos, stopped = None, False
+    try:
+        videos = _rendered(run, strengths, elsewhere, [shots[index] for index in own])
+    except Stopped:
+        stopped = True
+    if on_any(run.accelerator, stopped):
+        raise Stopped(run.stop.reason)
+    if on_any(run.accelerator, videos is None):
+        run.tracker.say(
+            "samples    left out: not enough memory even for one at a time. Lower preview.frames, "
+            "preview.height and preview.width."
+        )
+    elif videos is not None:
+        return _of_all(run, dict(zip(own, videos, strict=True)))
+    return []
+
+
+def _rendered(
+    run: Run,
+    strengths: Mapping[Expert, float],
+    elsewhere: Mapping[Expert, Path] | None,
+    shots: list[Shot],
+) -> list[np.ndarray] | None:
+    """The videos of these shots; None if memory is short. The VAE is on the device meanwhile."""
     device, few_step, vae = run.accelerator.device, run.previews.few_step, cast(Module, run.vae)
-    with run.tracker.phase("rendering"), as_used(run.learners), run.stop.interruptible():
+    alone = run.config.speed.context == 1  # else others wait for this process
+    with run.tracker.phase("rendering"), as_used(run.learners), run.stop.interruptible(alone):
         try:
             vae.to(device)
             attention = sampling_attention(cast("Attention", run.config.speed.attention))
-            with at_strengths(run.experts, strengths, few_step), attention:
+            with at_strengths(run.experts, strengths, few_step, elsewhere), attention:
                 return render(
-                    run.previews,
+                    replace(run.previews, shots=shots),
                     run.facts,
                     run.experts,
                     run.vae,
@@ -208,30 +240,42 @@ def sample(run: Run, strengths: Mapping[Expert, float]) -> list[np.ndarray]:
                     run.tracker.say,
                 )
         except torch.OutOfMemoryError:
-            pass
+            return None
         finally:
             vae.to("cpu")
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # the shapes of training are others
-        run.tracker.say(
-            "samples    left out: not enough memory even for one at a time. Lower preview.frames, "
-            "preview.height and preview.width."
-        )
-    return []
+
+
+def _of_all(run: Run, own: Mapping[int, np.ndarray]) -> list[np.ndarray]:
+    """The videos of all shots, from those that each group of processes has."""
+    if run.accelerator.num_processes == 1:
+        return list(own.values())
+    settings = run.previews.settings
+    shape = (len(run.previews.shots), settings.frames, settings.height, settings.width, 3)
+    videos = torch.zeros(shape, dtype=torch.uint8, device=run.accelerator.device)
+    if run.accelerator.process_index % run.config.speed.context == 0:  # one of each group
+        for index, video in own.items():
+            videos[index] = torch.from_numpy(video)
+    distributed.all_reduce(videos)
+    return list(videos.cpu().numpy())
 
 
 def show(run: Run, done: int, base: Sequence[np.ndarray]) -> None:
     """Render, write and log the previews beside the base model's, if there are any."""
     if not run.previews.shots or not base:
         return
-    share, budget = run.tracker.share("rendering"), run.config.preview.budget
-    if budget is not None and share > budget and done < run.total:
+    spent, budget = run.tracker.share("rendering"), run.config.preview.budget
+    over = on_any(run.accelerator, budget is not None and spent > budget)
+    if budget is not None and over and done < run.total:
         run.tracker.say(
-            f"samples    left out after {done} steps: rendering has taken {share:.0%} of the time, "
+            f"samples    left out after {done} steps: rendering has taken {spent:.0%} of the time, "
             f"preview.budget is {budget:.0%}"
         )
         return
-    adapted = sample(run, dict.fromkeys(run.learners, 1.0))
+    if is_apart(run.config):
+        share(run)
+    adapted = sample(run, dict.fromkeys(run.learners, 1.0), newest_of_others(run.config))
     alone: dict[Expert, list[np.ndarray]] = {}
     if run.config.preview.grid:
         alone = {expert: sample(run, {expert: 1.0}) for expert in run.learners}
@@ -250,6 +294,20 @@ def show(run: Run, done: int, base: Sequence[np.ndarray]) -> None:
         f"samples    {sheet_of(run, done)}; rendering has taken "
         f"{run.tracker.share('rendering'):.0%} of the time so far"
     )
+
+
+def share(run: Run) -> None:
+    """Put the newest adapter where the process of the other expert finds it."""
+    place, history = shared_folder(run.config), run.history
+    others = newest_of_others(run.config)
+    try:
+        run.exporter.write(
+            place, run.config.name, run.experts, run.learners, history.last, history.lowest
+        )
+    except OSError as error:
+        run.tracker.say(f"not shared {place} cannot be written ({error.strerror or error})")
+    if not others:
+        run.tracker.say("alone      the other expert has no adapter yet: samples take its base")
 
 
 def sheet_of(run: Run, done: int) -> Path:

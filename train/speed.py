@@ -10,6 +10,7 @@ from train.encode import EncodedDataset
 from train.rules import ConfigError
 from wan.checkpoints import Model
 from wan.compiler import can_compile
+from wan.context import Context, share_sequence
 from wan.experts import Experts, Placement, load_experts
 from wan.headers import ModelError
 from wan.memory import Auto, set_up_blocks
@@ -46,10 +47,17 @@ def compiles(speed: SpeedConfig, device: torch.device) -> bool:
     return wanted and can_compile(device)
 
 
-def load_to_sample(model: Model, dtype: str, speed: SpeedConfig, device: torch.device) -> Experts:
+def load_to_sample(
+    model: Model,
+    dtype: str,
+    speed: SpeedConfig,
+    device: torch.device,
+    context: Context | None = None,
+) -> Experts:
     """All experts, placed and packed as configured; their attention and blocks run so too.
 
-    Those that are trained are prepared once more, with their adapters: `prepare_to_train`.
+    Those that are trained are prepared once more, with their adapters: `prepare_to_train`. With a
+    `context` its processes share each sequence.
     """
     experts = load_experts(
         model,
@@ -61,6 +69,8 @@ def load_to_sample(model: Model, dtype: str, speed: SpeedConfig, device: torch.d
     for expert in experts:
         transformer = experts[expert]
         use_attention(transformer, cast("Attention", speed.attention))
+        if context is not None:
+            share_sequence(transformer, context)
         keep: tuple[Keep, ...] = ("nothing",) * len(blocks_of(transformer))
         prepare_blocks(transformer, keep, compiles(speed, device), device)
     return experts

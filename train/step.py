@@ -15,7 +15,7 @@ from data.batches import Batch
 from wan import flow
 from wan.conditioning import channels_condition
 from wan.text import pad_text
-from wan.transformer import predict_velocity
+from wan.transformer import device_of, predict_velocity
 from wan.variants import Variant
 
 
@@ -49,7 +49,7 @@ def velocity_error(
 
     Places count as their mask says, and a first frame that TI2V-5B is given does not count at all.
     """
-    device = transformer.device
+    device = device_of(transformer)
     x0, noise = batch.latents.to(device, torch.float32), draw.noise.to(device)
     predicted, weight = predicted_velocity(transformer, batch, x0, noise, draw.sigma, facts)
     error = (predicted - flow.velocity(x0, noise)).square().mean(dim=1)  # (B, F, h, w)
@@ -71,7 +71,7 @@ def predicted_velocity(
     (B,). The model runs in its own dtype, as in sampling; path, target and error stay in fp32
     (wan22.md sections 3.1 and 4).
     """
-    device = transformer.device
+    device = device_of(transformer)
     sigma = sigma.to(device)
     x_sigma = flow.add_noise(x0, noise, sigma)  # (B, C, F, h, w)
     weight = x0.new_ones(x0.shape[0], *x0.shape[2:])  # (B, F, h, w)

@@ -5,6 +5,7 @@ main process speaks.
 """
 
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 import wandb
 from tqdm import tqdm
 
+from train.apart import is_apart
 from train.artifacts import adapter_artifact, dataset_artifact
 from train.compose import trained_experts
 from train.config import Config
@@ -43,6 +46,7 @@ class TrackerState:
     """What a tracker must know in order to go on as if it had never been away."""
 
     metrics_bytes: int = 0
+    metrics_waiting: list[str] = field(default_factory=list)  # lines that are not on the disk
     wandb_id: str | None = None
     elapsed: float = 0.0  # seconds
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
@@ -63,6 +67,7 @@ class Tracker:
     ) -> None:
         begun = resumed or TrackerState()
         self._speaks = speaks
+        self._voice = f"{trained_experts(config)[0]:<5}" if is_apart(config) else ""
         self._config = config
         self._started = time.monotonic() - begun.elapsed
         self.seconds = dict(begun.seconds)  # by phase
@@ -75,7 +80,7 @@ class Tracker:
         self._metrics = self._wandb = self._others = None
         if speaks:
             path = folder / "metrics.jsonl"
-            self._metrics = MetricsFile(path, begun.metrics_bytes, self.say)
+            self._metrics = MetricsFile(path, begun.metrics_bytes, self.say, begun.metrics_waiting)
             self._others = OtherTrackers(config, folder, self.say)
             self._wandb = WandbLog(config, folder, begun.wandb_id, self.say)
             if begun.wandb_id is not None:  # what a process that was killed has not sent
@@ -86,6 +91,7 @@ class Tracker:
         """What to save, once all that was logged is on the disk."""
         return TrackerState(
             metrics_bytes=self._metrics.size() if self._metrics else 0,
+            metrics_waiting=self._metrics.waiting() if self._metrics else [],
             wandb_id=self._wandb.run_id if self._wandb else None,
             elapsed=time.monotonic() - self._started,
             seconds=dict(self.seconds),
@@ -95,8 +101,8 @@ class Tracker:
         )
 
     def say(self, text: str) -> None:
-        """One line, or a few, on the terminal."""
-        say(text, self._speaks)
+        """One line, or a few, on the terminal; of an expert that trains apart with its name."""
+        say(textwrap.indent(text, self._voice), self._speaks)
 
     def progress(self, steps: Iterable[T], name: str, total: int | None = None) -> Iterable[T]:
         """Iterate with a progress bar, which stays on the screen only while it moves."""
@@ -114,6 +120,9 @@ class Tracker:
             watch.start()
         try:
             yield
+        except torch.OutOfMemoryError as error:
+            error.add_note(name)  # for train/out_of_memory.py
+            raise
         finally:
             watch.cancel()
             spent = time.monotonic() - started

@@ -27,7 +27,7 @@ LOWEST = ("heldout/*", "heldout_over_base/*")  # told of a run as their lowest v
 # What two runs of one group may have differently: which expert they train, how long, how they tell.
 OF_ONE_RUN = (
     "name", "output_dir", "experts", "high", "low", "single", "steps", "turn_steps", "resume",
-    "resume_reason", "speed", "preview", "tracking", "checkpoint", "export",
+    "resume_reason", "speed", "preview", "tracking", "checkpoint", "export", "launch",
 )  # fmt: skip
 
 

@@ -22,6 +22,8 @@ class Window:
     bins: list[int] = field(default_factory=list)  # of noise, of the same samples
     seconds: dict[str, float] = field(default_factory=dict)  # by part of the step
     megapixel_frames: float = 0.0
+    waiting: list[float] = field(default_factory=list)  # shares of steps
+    imbalance: list[float] = field(default_factory=list)
 
     def add(self, learner: Learner, figures: StepFigures) -> list[int]:
         """One step; the noise bins of its samples."""
@@ -34,6 +36,8 @@ class Window:
         for part, spent in figures.seconds.items():
             self.seconds[part] = self.seconds.get(part, 0.0) + spent
         self.megapixel_frames += figures.megapixel_frames
+        self.waiting.append(figures.waiting)
+        self.imbalance.append(figures.imbalance)
         return bins
 
     def figures(self, expert: str) -> dict[str, float]:
@@ -58,7 +62,11 @@ def pace(windows: list[Window], seconds: float, floor: float | None) -> dict[str
     """
     steps = sum(len(window.losses) for window in windows)
     samples = sum(len(window.sample_losses) for window in windows)
+    devices = distributed.get_world_size() if distributed.is_initialized() else 1
     record = {"time/step_s": seconds / steps}
+    if devices > 1:
+        record["time/waiting_share"] = sum(sum(window.waiting) for window in windows) / steps
+        record["throughput/imbalance"] = sum(sum(window.imbalance) for window in windows) / steps
     for part in dict.fromkeys(part for window in windows for part in window.seconds):
         spent = sum(window.seconds.get(part, 0.0) for window in windows)
         record[f"time/{part}_s"] = spent / steps
@@ -67,7 +75,6 @@ def pace(windows: list[Window], seconds: float, floor: float | None) -> dict[str
         record["throughput/samples_per_s"] = samples / seconds
         record["throughput/megapixel_frames_per_s"] = megapixels / seconds
         if floor is not None:
-            devices = distributed.get_world_size() if distributed.is_initialized() else 1
             record["throughput/mfu"] = floor * samples / devices / seconds
     return record
 

@@ -15,6 +15,7 @@ from wan.quantised_weight import FrozenFormat
 from wan.speed import blocks_of
 from wan.streaming import BlockStream, stream_blocks
 from wan.strengths import without_adapter
+from wan.transformer import device_of
 from wan.variants import Expert
 
 Placement = Literal["resident", "swap", "stream"]
@@ -51,7 +52,7 @@ class Experts(Mapping[Expert, WanTransformer3DModel]):
         wanted = self._transformers[expert]
         if self._placement == "stream":
             self._stream(expert, wanted)
-        elif wanted.device != self._device:
+        elif device_of(wanted) != self._device:
             for other in self._transformers.values():
                 if other is not wanted and self._swaps:
                     self._send_home(other)
@@ -61,7 +62,7 @@ class Experts(Mapping[Expert, WanTransformer3DModel]):
     def expect(self, expert: Expert) -> None:
         """This one is asked for next: copy it in beside the other's work, if there is room."""
         wanted = self._transformers[expert]
-        if not self._swaps or self._device.type != "cuda" or wanted.device == self._device:
+        if not self._swaps or self._device.type != "cuda" or device_of(wanted) == self._device:
             return
         homes = {t: self._home(t) for t in _tensors(wanted) if not t.requires_grad}
         free, _ = torch.cuda.mem_get_info(self._device)

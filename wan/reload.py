@@ -16,6 +16,7 @@ from wan.adapter_kinds import base_linear, weight_change
 from wan.adapter_layouts import read_any, read_tensors
 from wan.adapter_names import read_stem, stem_of
 from wan.adapter_products import PRODUCT
+from wan.context import whole_sequences
 from wan.flow import add_noise, expert_range, noise_like, timestep_of
 from wan.lora import ADAPTER, adapter_layers
 from wan.speed import blocks_of
@@ -68,7 +69,7 @@ def reload_errors(
         if any(layer.lora_magnitude_vector for layer in adapter_layers(experts[expert]).values()):
             errors[expert] = _dora_error(experts[expert], path)
         else:
-            with _library_blocks(experts[expert]):
+            with _library_blocks(experts[expert]), whole_sequences(experts[expert]):
                 errors[expert] = _reload_error(pipeline, experts[expert], expert, path, clip, facts)
     return errors
 

@@ -8,6 +8,7 @@ alone makes 0.22 %. The sinusoid is that of the official code as well, in fp64: 
 the error in fp32 is 5e-7, that of diffusers 5e-6. Source: `spec/wan22.md` sections 5.1 to 5.4.
 """
 
+import math
 from collections.abc import Iterable
 from typing import cast
 
@@ -16,7 +17,10 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel,
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from wan.context import all_tokens, context_of, rows_of_tokens
+
 TEXT_LEN = 512  # rows of text that every Wan was trained with, zeros included (wan22.md, trap 6)
+TEXT_PART = 64  # rows: a CPU computes as many such parts as hold words and one row of zeros
 
 FFN_TOKENS = 5632  # at once: 3 GiB less at 480x832x81 for 1 % of the time (docs/performance.md)
 
@@ -36,6 +40,7 @@ def predict_velocity(
     `text` (B, 512, D) is padded. `first_frame_given` (B,) bool says in which samples latent frame 0
     is an image without noise (TI2V-5B): there its tokens have timestep 0. Adapters and the kernels
     of attention are those of `transformer`; blocks with a forward from `wan.speed` run that.
+    Processes that share sequences (`wan.context`) are given the same and get the same.
     """
     assert timestep.dtype == torch.float32, "in bf16, timestep 833 would become 832"
     assert text.shape[1] == TEXT_LEN, "the model attends to the rows of zeros too: pad the text"
@@ -45,10 +50,19 @@ def predict_velocity(
     x = x.float().detach()
     if torch.is_grad_enabled():
         x.requires_grad_()  # the first block's input has a gradient too: to a compiler it is as all
-    patches = _in_fp32(transformer.patch_embedding, x)  # (B, d, F, h/2, w/2)
-    hidden = patches.flatten(2).transpose(1, 2).contiguous()  # (B, L, d)
+    hidden = _in_fp32(transformer.patch_embedding, x)  # (B, d, F, h/2, w/2)
+    grid = hidden.shape[2:]
+    hidden = hidden.flatten(2).transpose(1, 2).contiguous()  # (B, L, d)
     time, modulation = embed_time(transformer, timestep, x.shape[2], first_frame_given)
-    text = transformer.condition_embedder.text_embedder(text.to(transformer.dtype))  # (B, 512, d)
+    tokens, context = grid.numel(), context_of(transformer)
+    if context is not None:
+        own = context.own(tokens)
+        hidden = hidden[:, own.start : own.stop].clone()  # the rest is free to go
+        time, modulation = (rows_of_tokens(rows, own, tokens) for rows in (time, modulation))
+    text = text.to(transformer.patch_embedding.weight.dtype)
+    if text.device.type == "cpu" and text.dtype == torch.float32:
+        text = _without_repeats(text)  # (B, up to 512, D)
+    text = transformer.condition_embedder.text_embedder(text)  # (B, 512, d) or fewer rows
 
     for block in cast(Iterable[WanTransformerBlock], transformer.blocks):
         arguments = (hidden, text, modulation, rotary)
@@ -57,7 +71,14 @@ def predict_velocity(
 
     shift, scale = (transformer.scale_shift_table.float() + time[:, :, None]).unbind(2)
     out = _in_fp32(transformer.proj_out, _modulate(transformer.norm_out(hidden), shift, scale))
-    return _unpatchify(out, patches.shape[2:], transformer.config["patch_size"])
+    if context is not None:
+        out = all_tokens(out, tokens, context)
+    return _unpatchify(out, grid, transformer.config["patch_size"])
+
+
+def device_of(transformer: WanTransformer3DModel) -> torch.device:
+    """Where it works; the library's `device` walks through all modules first, for some ms."""
+    return transformer.patch_embedding.weight.device
 
 
 def embed_time(
@@ -96,7 +117,8 @@ def block_forward(
 ) -> Tensor:
     """One block: `hidden` (B, L, d) stays in fp32, attention and feed-forward run in text's dtype.
 
-    `text` is (B, 512, d), `modulation` (B, R, 6, d) with a row for each R-th of the tokens.
+    `text` is (B, 512, d) or shorter: then its last row stands for all after it too. `modulation` is
+    (B, R, 6, d) with a row for each R-th of the tokens.
     """
     dtype = text.dtype
     rows = (block.scale_shift_table.float() + modulation).unbind(2)  # 6 x (B, R, d)
@@ -105,11 +127,33 @@ def block_forward(
     normed = _modulate(block.norm1(hidden), shift_attention, scale_attention)
     # The library's attention, so that its choice of backends and fused projections remain.
     hidden = _add_gated(hidden, block.attn1(normed.to(dtype), None, None, rotary), gate_attention)
-    hidden = hidden + block.attn2(block.norm2(hidden).to(dtype), text, None, None)
+    hidden = hidden + block.attn2(block.norm2(hidden).to(dtype), text, _weight_of_rows(text), None)
     normed = _modulate(block.norm3(hidden), shift_ffn, scale_ffn)
     # By parts: its inner activations are the largest of all, and each token has its own.
     parts = [block.ffn(part) for part in normed.to(dtype).split(FFN_TOKENS, dim=1)]
     return _add_gated(hidden, torch.cat(parts, dim=1), gate_ffn)
+
+
+def _without_repeats(text: Tensor) -> Tensor:
+    """The rows (B, L, D) of a padded text (B, 512, D) up to one of the zeros that all end with.
+
+    A caption has some 20 rows: all others are alike, and so are their keys and values. On a CPU
+    that is most of the work of a small model. A GPU has lengths of its own to know before, and
+    faster kernels for attention without a mask.
+    """
+    filled = text.any(dim=-1).any(dim=0).nonzero()  # (rows with text, 1)
+    needed = int(filled.max()) + 2 if len(filled) else 1
+    return text[:, : min(TEXT_LEN, -(-needed // TEXT_PART) * TEXT_PART)]
+
+
+def _weight_of_rows(text: Tensor) -> Tensor | None:
+    """What attention adds to the logits (1, 1, 1, L) of a text (B, L, d), its last row repeated."""
+    rows = text.shape[1]
+    if rows >= TEXT_LEN:
+        return None
+    weight = text.new_zeros(1, 1, 1, rows)
+    weight[..., -1] = math.log(TEXT_LEN - rows + 1)  # n equal keys: n exp(x) = exp(x + log n)
+    return weight
 
 
 def _modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -1,0 +1,100 @@
+"""`speed.context`: two processes that share their clips train, measure, show and save as one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from tests.resumable_runs import (
+    SHORT,
+    config_of,
+    digests,
+    figures,
+    last_state,
+    left_after,
+    make_data,
+    run,
+)
+from train.groups import check_groups, check_heads
+from train.rules import ConfigError
+from wan.variants import VARIANTS
+
+ROOT = Path(__file__).parent.parent
+FEW = ["steps=2", "turn_steps=2", "accumulate=1", "eval.bins=1", "lora.dropout=0"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("context"))
+
+
+def launch(home: Path, model: Path, name: str, *settings: str) -> str:
+    """Run the program in two processes; what it says."""
+    common = [
+        f"output_dir={home / 'out' / name}", f"model.path={model}", f"data.path={home / 'data'}",
+        f"data.cache={home / 'cache'}", "name=toy", "model=tiny", "data.height=32",
+        "data.width=48", "data.workers=0", "lora.rank=2", *SHORT, *FEW,
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.forked_runs", "2", *common, *settings],
+        cwd=ROOT,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,  # gloo may abort after all is written
+    )
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path, toy_model: Path) -> Path:
+    """The run of one process."""
+    return run(config_of(home, toy_model, "whole", *FEW))
+
+
+def assert_alike(folder: Path, whole: Path) -> None:
+    """Up to how sums are rounded."""
+    for ours, theirs in zip(figures(folder), figures(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+    ours, theirs = last_state(folder), last_state(whole)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=2e-2, atol=2e-4)
+    assert digests(folder).keys() == digests(whole).keys()
+
+
+@pytest.fixture(scope="module")
+def shared(home: Path, toy_model: Path) -> Path:
+    """The same run of two processes that share each clip."""
+    said = launch(home, toy_model, "shared", "speed.context=2")
+    assert (home / "out" / "shared" / "summary.json").exists(), said[-3000:]
+    assert "a step     1 batches of one shape: processes 1, each 1 of 1 clips" in said
+    return home / "out" / "shared"
+
+
+def test_two_processes_make_the_run_of_one(shared: Path, whole: Path) -> None:
+    assert_alike(shared, whole)
+
+
+def test_one_process_goes_on_with_it(
+    home: Path, toy_model: Path, shared: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = left_after(shared, home / "out" / "later", 2)
+    run(config_of(home, toy_model, "later", *FEW))
+    said = capsys.readouterr().out
+    assert "goes on    after 2 of 4 steps" in said
+    assert "changed    processes" not in said
+    assert_alike(folder, whole)
+
+
+def test_groups_that_cannot_be_are_refused(home: Path, toy_model: Path) -> None:
+    config = config_of(home, toy_model, "five", "speed.context=5")
+    with pytest.raises(ConfigError, match="is 5, and there are 1 processes, which cannot"):
+        check_groups(config, Accelerator())
+    with pytest.raises(ConfigError, match=r"5, but the 24 heads of .* 1, 2, 3, 4, 6, 8, 12, 24"):
+        check_heads(config, VARIANTS["ti2v_5b"])
