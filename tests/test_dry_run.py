@@ -1,17 +1,13 @@
-"""A rehearsal takes every kind of step and leaves nothing; full memory loses nothing."""
+"""A rehearsal takes every kind of step and leaves nothing."""
 
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.full_size_models import full_size_model
 from tests.toy_runs import config_of, make_image, make_video
 from train import lora
-from train.checkpoint import checkpoints_in
 from train.compose import compose
-from train.config import Config
-from train.learner import StepFigures, TrainingStopped, train_step
 from train.rehearsal import rehearsed, schedule
 from train.rules import ConfigError
 from wan.variants import VARIANTS
@@ -63,38 +59,3 @@ def test_a_rehearsal_is_on_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path
     config = config_of(tmp_path, tmp_path, "dry_run=true")
     with pytest.raises(ConfigError, match="one process"), rehearsed(config):
         pass
-
-
-def run_with_little_memory(config: Config, monkeypatch: pytest.MonkeyPatch, last: int) -> str:
-    """What a run says whose step after `last` steps of all experts finds no memory."""
-    done = 0
-
-    def step(*arguments: object) -> StepFigures:
-        nonlocal done
-        if done == last:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        done += 1
-        return train_step(*arguments)  # pyright: ignore[reportArgumentType]
-
-    monkeypatch.setattr(lora, "train_step", step)
-    with pytest.raises(TrainingStopped) as stopped:
-        lora.train(config)
-    return str(stopped.value)
-
-
-@pytest.mark.parametrize("last", [0, 3])
-def test_full_memory_is_told_and_nothing_is_lost(
-    last: int, toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for number in range(4):
-        make_image(tmp_path / "data" / f"{number}.png", number, "An image.")
-    config = config_of(
-        tmp_path / "data", toy_model, "steps=4", "turn_steps=2", f"output_dir={tmp_path}/out",
-        "optim.warmup_steps=0", "eval.every=0", "eval.bins=1", "eval.draws=1",
-        "checkpoint.every=0", "tracking.mode=offline", "batch_size=2",
-    )  # fmt: skip
-    message = run_with_little_memory(config, monkeypatch, last)
-    assert "is full" in message
-    assert "Change, in this order" in message
-    kept = [path.name for path in checkpoints_in(tmp_path / "out" / "checkpoints")]
-    assert kept == ([] if last == 0 else ["step_000000003"])

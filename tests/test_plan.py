@@ -1,5 +1,6 @@
 """The plan of a run: from headers alone, right where it can be counted, and honest where not."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tests.toy_runs import make_image, make_video, silent
 from tools import plan as program
 from train import machine, plan, plan_lines
 from train.compose import compose
-from train.out_of_memory import changes, out_of_memory
+from train.out_of_memory import Moment, changes, need_of, out_of_memory
 from train.run import Checked
 from wan import cards
 from wan.cards import CARDS, H200
@@ -155,24 +156,37 @@ def test_what_does_not_fit_on_the_disk_is_told(
     assert any("do not" in line for line in machine.versions())
 
 
-def test_full_memory_has_its_remedies_in_order(folder: Path) -> None:
-    message = str(out_of_memory(compose(settings(folder, "batch_size=2")), CPU))
-    order = ["speed.keep=nothing", "batch_size=1 accumulate=2", "speed.placement=stream",
-             "speed.frozen=fp8", "data.frames=", "data.height="]  # fmt: skip
-    places = [message.index(part) for part in order]
-    assert places == sorted(places)
+PLACED = ["speed.placement=stream", "model.dtype=bfloat16", "speed.frozen=fp8"]
+
+
+@pytest.mark.parametrize(
+    ("phase", "remedies"),
+    [
+        ("training", ["speed.keep=attention", "speed.keep=nothing", "speed.keep=host",
+                      "accumulate=2", *PLACED, "data.frames=25", "data.width=624"]),
+        ("measuring", ["accumulate=2", *PLACED, "data.frames=25", "data.width=624"]),
+        ("loading", PLACED),
+        ("encoding", ["data.vae_dtype=bfloat16", "data.frames=25", "data.width=624"]),
+    ],
+)  # fmt: skip
+def test_full_memory_has_the_remedies_of_its_phase_in_order(
+    folder: Path, phase: str, remedies: list[str]
+) -> None:
+    config = compose(settings(folder, "batch_size=2", "model.dtype=float32"))
+    config.model.dtype = "bfloat16" if phase == "encoding" else "float32"  # UMT5 would be most
+    message = str(out_of_memory(config, CPU, Moment(phase)))
+    assert re.findall(r"(\S+=\S+) saves [\d.]+ GiB", message) == remedies
 
 
 def test_a_remedy_saves_what_it_says(folder: Path) -> None:
     inputs = checked(folder, "speed=resident", "speed.keep=attention")
-    setting = plan.setting_of(inputs, H200)
-    (work, *_) = sorted(
-        plan.training(setting, plan.buckets_of(inputs.clips.train)), key=lambda w: -w.peak
+    need = need_of(inputs, plan.setting_of(inputs, H200), Moment("training"))
+    saved = {change: need.peak - changed.peak for change, changed in changes(need)}
+    now, then = (
+        plan.training(plan.setting_of(looked_up, H200), [need.bucket])[0].peak
+        for looked_up in (inputs, checked(folder, "speed=swap", "speed.keep=attention"))
     )
-    saved = dict(changes(setting, inputs, work.bucket, work.keep))
-    less = checked(folder, "speed=swap", "speed.keep=attention")
-    others = plan.training(plan.setting_of(less, H200), [work.bucket])
-    assert saved["speed.placement=swap"] == pytest.approx(work.peak - others[0].peak)
+    assert saved["speed.placement=swap"] == pytest.approx(now - then)
     assert saved["speed.keep=host"] > saved["speed.keep=nothing"] > 0
 
 

@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -87,8 +88,10 @@ def render(args: argparse.Namespace) -> None:
     for take in takes:
         made = film(take, setup.negative_prompt, setup.tiled, studio)
         setup = replace(setup, tiled=made.tiled)
-        videos += write_take(args.out, take, made, setup)
-    write_sheets(args.out, videos, facts.title)
+        with _writing(args.out):
+            videos += write_take(args.out, take, made, setup)
+    with _writing(args.out):
+        write_sheets(args.out, videos, facts.title)
 
 
 def plan_takes(args: argparse.Namespace, facts: Variant) -> Iterator[Take]:
@@ -191,6 +194,18 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {folder} cannot be a folder: {error.strerror}") from None
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """`ConfigError` if the disk does not take what is written within."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"--out {folder} cannot be written ({error.strerror or error}): make room, or give "
+            "another folder; videos that are there are whole"
+        ) from None
 
 
 def write_take(folder: Path, take: Take, made: Film, setup: Setup) -> list[tuple[str, np.ndarray]]:

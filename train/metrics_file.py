@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,14 +10,20 @@ from pathlib import Path
 class MetricsFile:
     """Lines that reach the disk, if not at once then later: a full disk stops no training."""
 
-    def __init__(self, path: Path, size: int | None, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        size: int | None,
+        say: Callable[[str], None],
+        waiting: Sequence[str] = (),
+    ) -> None:
         """Go on after the first `size` bytes: what follows belongs to steps that are done again.
 
-        None: after all that is there.
+        None: after all that is there. Lines that were still `waiting` then come next.
         """
         self._path = path
         self._say = say
-        self._waiting: list[str] = []
+        self._waiting = list(waiting)
         self._told = False
         if size is not None and path.exists() and path.stat().st_size > size:
             os.truncate(path, size)
@@ -31,6 +37,10 @@ class MetricsFile:
         """Bytes that are on the disk for good."""
         self._flush(sync=True)
         return self._path.stat().st_size if self._path.exists() else 0
+
+    def waiting(self) -> list[str]:
+        """Lines that could not be written yet."""
+        return list(self._waiting)
 
     def _flush(self, sync: bool) -> None:
         before = None

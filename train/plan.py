@@ -5,10 +5,11 @@ the headers of weight files; `docs/plan.md` has how far off that was where it wa
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
+from statistics import median
 from typing import cast
 
 import torch
@@ -70,6 +71,7 @@ class Setting:
     facts: Variant
     card: Card
     experts: tuple[ExpertWeights, ...]
+    measured: Mapping[Bucket, float] = field(default_factory=dict)  # seconds of a pass, on a shape
 
     @property
     def resting(self) -> float:
@@ -122,8 +124,17 @@ def load_of(setting: Setting, bucket: Bucket, batch: int | None = None) -> Load:
     )
 
 
+def largest_bucket(checked: Checked) -> Bucket:
+    """The shape of most pixels, of all that is trained or measured on."""
+    clips = [*checked.clips.train, *checked.clips.heldout]
+    return max((clip.bucket for clip in clips), key=lambda b: b.frames * b.height * b.width)
+
+
 def training(setting: Setting, buckets: Sequence[Bucket]) -> list[Work]:
-    """A step on each shape; what blocks keep is chosen once, for the largest."""
+    """A step on each shape; what blocks keep is chosen once, for the largest.
+
+    Times are predicted, but for those that `setting` holds measured.
+    """
     loads = {bucket: load_of(setting, bucket) for bucket in buckets}
     largest = max(loads.values(), key=lambda load: load.tokens)
     budget = activation_budget(setting.card.gib * GIB, setting.resting, setting.trained)
@@ -131,7 +142,7 @@ def training(setting: Setting, buckets: Sequence[Bucket]) -> list[Work]:
     keep = chosen_keep(largest, wanted, setting.facts.transformer.layers, budget)
     streamed = setting.experts[0] if setting.config.speed.placement == "stream" else None
     resting = setting.resting + TRAINED // 4 * setting.trained + BESIDE
-    return [
+    works = [
         Work(
             bucket=bucket,
             keep=keep,
@@ -140,12 +151,20 @@ def training(setting: Setting, buckets: Sequence[Bucket]) -> list[Work]:
         )
         for bucket, load in loads.items()
     ]
+    return as_measured(works, setting.measured)
 
 
-def caching_bytes(setting: Setting, checked: Checked) -> float:
+def as_measured(works: Sequence[Work], measured: Mapping[Bucket, float]) -> list[Work]:
+    """The same with times that were measured; those of other shapes are scaled as these are."""
+    ratios = [measured[work.bucket] / work.seconds for work in works if work.bucket in measured]
+    ratio = median(ratios) if ratios else 1.0
+    return [
+        replace(work, seconds=measured.get(work.bucket, ratio * work.seconds)) for work in works
+    ]
+
+
+def caching_bytes(setting: Setting, checked: Checked, largest: Bucket) -> float:
     """Most of the VAE on the largest clip, and of the text encoder after it."""
-    buckets = [clip.bucket for clip in (*checked.clips.train, *checked.clips.heldout)]
-    largest = max(buckets, key=lambda b: b.frames * b.height * b.width)
     size = (largest.frames, largest.height, largest.width)
     itemsize = getattr(torch, setting.config.data.vae_dtype).itemsize
     text = parameter_count(checked.model.parts["text_encoder"])

@@ -2,16 +2,19 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 
+from data.shapes import Bucket
 from train import plan
 from train.compose import trained_experts
 from train.machine import disk
-from train.plan import Choice, Setting, Work
+from train.plan import Choice, Setting
 from train.run import Checked
-from wan.cards import CARDS, Card, card_of
+from wan.cards import CARDS, H200, Card, card_of
 from wan.footprint import CONTEXT, GIB, host_bytes
 from wan.memory import MARGIN
 from wan.speed import Keep
@@ -40,9 +43,14 @@ def first_screen(checked: Checked, device: torch.device) -> list[str]:
     return [*disk(checked), *([] if card is None else [on_card(checked, card)])]
 
 
-def on_card(checked: Checked, card: Card, hourly: float | None = None) -> str:
-    """All of it for one card; predictions, and told to be such."""
-    setting = plan.setting_of(checked, card)
+def on_card(
+    checked: Checked,
+    card: Card,
+    hourly: float | None = None,
+    measured: Mapping[Bucket, float] = MappingProxyType({}),
+) -> str:
+    """All of it for one card; predictions, and told to be such, with passes that were measured."""
+    setting = replace(plan.setting_of(checked, card), measured=measured)
     return "\n".join(
         [
             f"plan       predicted for {card.name}, {card.gib:.0f} GiB, {_speed_told(setting)}",
@@ -50,6 +58,20 @@ def on_card(checked: Checked, card: Card, hourly: float | None = None) -> str:
             *_time_lines(setting, checked, hourly),
         ]
     )
+
+
+def measured_lines(
+    checked: Checked, measured: Mapping[Bucket, float], hourly: float | None
+) -> list[str]:
+    """What a few real passes took here, and all of training at that pace, on whatever card."""
+    setting = replace(plan.setting_of(checked, H200), measured=measured)
+    training = plan.hours(setting, checked).training
+    passes = ", ".join(f"{shape_told(b)} {seconds:.3g} s" for b, seconds in measured.items())
+    return [
+        f"measured   a pass here (samples and held-out loss not counted): {passes}",
+        f"           {plan.total_steps(checked.config):,} steps: {_duration(training)}"
+        f"{_money(training, hourly)}",
+    ]
 
 
 def _speed_told(setting: Setting) -> str:
@@ -61,9 +83,11 @@ def _speed_told(setting: Setting) -> str:
 def _memory_lines(setting: Setting, checked: Checked) -> list[str]:
     clips = checked.clips.train
     works = plan.training(setting, plan.buckets_of(clips))
-    rows = [("caching", plan.caching_bytes(setting, checked), "")]
+    rows = [("caching", plan.caching_bytes(setting, checked, plan.largest_bucket(checked)), "")]
     shown = sorted(works, key=lambda work: -work.peak)[:MOST_SHAPES]
-    rows += [("training", w.peak, f"{_shape(w)}: {w.seconds:.2f} s a pass") for w in shown]
+    rows += [
+        ("training", w.peak, f"{shape_told(w.bucket)}: {w.seconds:.2f} s a pass") for w in shown
+    ]
     if sampling := plan.sampling_bytes(setting, checked):
         less = "" if sampling <= setting.usable else "at once; less in tiles"
         rows.append(("sampling", sampling, less))
@@ -84,8 +108,8 @@ def _memory_lines(setting: Setting, checked: Checked) -> list[str]:
     return lines
 
 
-def _shape(work: Work) -> str:
-    bucket = work.bucket
+def shape_told(bucket: Bucket) -> str:
+    """Frames x height x width."""
     return f"{bucket.frames}x{bucket.height}x{bucket.width}"
 
 
@@ -107,12 +131,15 @@ def _time_lines(setting: Setting, checked: Checked, hourly: float | None) -> lis
         "encoding": spent.caching,
     }
     told = ", ".join(f"{name} {part / spent.total:.0%}" for name, part in parts.items() if part)
-    money = "" if hourly is None else f", ${spent.total * hourly:,.2f} at ${hourly:g} an hour"
     return [
         f"time       {plan.total_steps(config):,} steps of {' and '.join(trained)}: "
-        f"{_duration(spent.total)}{money}",
+        f"{_duration(spent.total)}{_money(spent.total, hourly)}",
         f"           {told}",
     ]
+
+
+def _money(hours: float, hourly: float | None) -> str:
+    return "" if hourly is None else f", ${hours * hourly:,.2f} at ${hourly:g} an hour"
 
 
 def _duration(hours: float) -> str:

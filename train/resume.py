@@ -6,7 +6,7 @@ unless `resume_reason` says why. On another number of processes the items go on 
 """
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,8 +21,10 @@ from train.checkpoint import FORMAT, Checkpoint
 from train.compose import resolved_yaml
 from train.config import Config
 from train.evaluation import read_beside
+from train.groups import groups
 from train.history import read_heldout
 from train.learner import Learner, step_places
+from train.optim import learning_rate_at
 from train.rules import ConfigError, written
 from train.run import Run
 from train.running_loss import RunningLoss
@@ -41,7 +43,7 @@ Written = dict[str, object]
 
 def state_of(run: Run) -> tuple[Written, dict[Expert, dict[str, torch.Tensor]]]:
     """All that a run must know to go on: as JSON, and the tensors of each expert by name."""
-    processes, accumulate = run.accelerator.num_processes, run.config.accumulate
+    processes, accumulate = groups(run.config, run.accelerator), run.config.accumulate
     tensors: dict[Expert, dict[str, torch.Tensor]] = {}
     learners: Written = {}
     for expert, learner in run.learners.items():
@@ -92,6 +94,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> list[str]:
     old = yaml.safe_load((checkpoint.path / "config.yaml").read_text(encoding="utf-8"))
     changes = [f"changed    {line}" for line in _changes(old, run.config)]
     changes += [f"changed    {line}" for line in _environment_changes(state)]
+    changes += [f"changed    {line}" for line in _schedule_changes(state, old, run)]
     for expert, found in run.exporter.base_hash.items():
         if found != state["base"].get(expert) and not forced:
             raise ConfigError(
@@ -122,7 +125,7 @@ def tracker_state(checkpoint: Checkpoint, folder: Path) -> TrackerState:
     saved["running"] = {expert: RunningLoss(**sums) for expert, sums in running}
     state = TrackerState(**saved)
     if checkpoint.path.resolve().parent.parent != folder.resolve():
-        return replace(state, metrics_bytes=0, wandb_id=None)
+        return replace(state, metrics_bytes=0, metrics_waiting=[], wandb_id=None)
     return state
 
 
@@ -173,13 +176,14 @@ def _restore_learner(
     for name in ("steps_done", "bad_steps", "bad_in_row"):
         setattr(learner, name, saved[name])
     try:
-        place = learner.order.place_of(saved["order"])
+        place = learner.order.go_on(saved["order"])
     except DataError:
         if run.config.resume_reason is None:
             raise
         place = int(saved["order"]["place"])
+        learner.order.start_at(place, [])
         lines.append(f"changed    {learner.expert}: the order of items is another one from here on")
-    each = run.config.accumulate * run.accelerator.num_processes
+    each = run.config.accumulate * groups(run.config, run.accelerator)
     learner.first_place = place - learner.steps_done * each
     return lines
 
@@ -248,9 +252,27 @@ def _environment_changes(state: Mapping[str, Mapping[str, str]]) -> list[str]:
     return [f"{n}: {was.get(n)} -> {v}" for n, v in now.items() if was.get(n) != v]
 
 
+def _schedule_changes(
+    state: Mapping[str, dict], old: Mapping[str, dict], run: Run
+) -> Iterator[str]:
+    """Where an expert has other steps than its schedule was made for, how its rate jumps."""
+    optim = run.config.optim
+    for expert, learner in run.learners.items():
+        if expert not in state["learners"] or optim.schedule == "constant":
+            continue
+        done, peak = state["learners"][expert]["steps_done"], learner.settings.learning_rate
+        lasted, lasts = old[expert]["steps"], learner.settings.steps
+        was, now = (learning_rate_at(done, steps, optim, peak) for steps in (lasted, lasts))
+        if lasted != lasts:
+            yield (
+                f"{expert}.steps: optim.schedule={optim.schedule} lasted {lasted} steps and now "
+                f"lasts {lasts}: after {done} the learning rate goes on at {now:.2g}, not {was:.2g}"
+            )
+
+
 def _process_changes(run: Run, before: int) -> list[str]:
     """What another number of processes means."""
-    now, accumulate = run.accelerator.num_processes, run.config.accumulate
+    now, accumulate = groups(run.config, run.accelerator), run.config.accumulate
     if now == before:
         return []
     advice = ""

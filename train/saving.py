@@ -1,5 +1,8 @@
 """When a run is saved, and what happens if that fails."""
 
+import shutil
+import tempfile
+import traceback
 from pathlib import Path
 
 import torch
@@ -12,6 +15,7 @@ from train.run import Run
 from train.stopping import on_any
 from train.verdict import write_best
 
+MEND = "make room, or make the folder writable"
 MOST_FAILURES = 2  # in a row, before a run stops that nobody could go on with
 
 
@@ -39,20 +43,26 @@ def save(run: Run) -> None:
     run.tracker.say(f"not saved  after {run.done} steps: {problem}. {_last_good(run)}")
     if run.stop.reason or run.history.failed_saves == MOST_FAILURES:
         raise TrainingStopped(
-            f"{_folder(run)} cannot be written ({problem}). {_last_good(run)} Make room, or make "
-            "the folder writable, and type the same command again."
+            f"{_folder(run)} cannot be written ({problem}). {_save_elsewhere(run)} Then type the "
+            "same command again."
         )
 
 
-def rescue(run: Run) -> None:
-    """Save the state before a step that failed, if it is whole and there was a step."""
-    if run.done == 0 or any(learner.updating for learner in run.learners.values()):
+def rescue(run: Run, error: Exception) -> None:
+    """Save the steps before an error, if there are any and they are whole."""
+    if run.done == 0 or isinstance(error, TrainingStopped):  # which has seen to it
         return
-    if run.accelerator.is_main_process and _is_finite(run):
+    traceback.clear_frames(error.__traceback__)  # they hold what has filled the memory
+    if any(learner.updating for learner in run.learners.values()):
+        run.tracker.say(f"not saved  the error left an update half done. {_last_good(run)}")
+    elif run.accelerator.is_main_process and _is_finite(run):
         try:
             _write(run)
-        except OSError as error:
-            run.tracker.say(f"not saved  after {run.done} steps: {error.strerror or error}")
+        except OSError as problem:
+            run.tracker.say(
+                f"not saved  after {run.done} steps: {problem.strerror or problem}. "
+                f"{_save_elsewhere(run)}"
+            )
 
 
 def stop_at_bad_steps(run: Run, learner: Learner, figures: StepFigures) -> None:
@@ -67,33 +77,51 @@ def stop_at_bad_steps(run: Run, learner: Learner, figures: StepFigures) -> None:
 
 
 def _write(run: Run) -> None:
-    folder, name = _folder(run), run.config.name
+    folder = _folder(run)
     if not any(step_of(path) == run.done for path in checkpoints_in(folder)):
         with run.tracker.phase("saving"):
-            state, tensors = state_of(run)
             config = run.folder / "config.yaml"
             if not config.is_file():  # somebody took the folder away
                 config.parent.mkdir(parents=True, exist_ok=True)
                 config.write_text(resolved_yaml(run.config), encoding="utf-8")
-            path = write_checkpoint(
-                folder,
-                run.done,
-                tensors,
-                state,
-                resolved_yaml(run.config),
-                lambda partial: run.exporter.write(
-                    partial,
-                    f"{name}_{run.done:09d}",
-                    run.experts,
-                    run.learners,
-                    run.history.last,
-                    run.history.lowest,
-                ),
-            )
+            path = _write_checkpoint(run, folder)
         run.tracker.say(f"saved      {path}")
     best = run.history.best([step_of(path) for path in checkpoints_in(folder)])
     prune(folder, run.config.checkpoint.keep, best)
     write_best(run.folder, run.history, checkpoints_in(folder))
+
+
+def _write_checkpoint(run: Run, folder: Path) -> Path:
+    state, tensors = state_of(run)
+    return write_checkpoint(
+        folder,
+        run.done,
+        tensors,
+        state,
+        resolved_yaml(run.config),
+        lambda partial: run.exporter.write(
+            partial,
+            f"{run.config.name}_{run.done:09d}",
+            run.experts,
+            run.learners,
+            run.history.last,
+            run.history.lowest,
+        ),
+    )
+
+
+def _save_elsewhere(run: Run) -> str:
+    """Save among the temporary files what the run's folder did not take; what to do then."""
+    place = None
+    try:
+        if run.accelerator.is_main_process:
+            place = Path(tempfile.mkdtemp(prefix=f"{run.config.name}_"))
+            path = _write_checkpoint(run, place)
+            return f"These {run.done} steps are in {path}: {MEND}, and move it to {_folder(run)}."
+    except OSError:  # there is no room either
+        if place is not None:
+            shutil.rmtree(place, ignore_errors=True)
+    return f"{_last_good(run)} To go on, {MEND}."
 
 
 def _is_finite(run: Run) -> bool:

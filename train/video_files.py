@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -17,7 +18,7 @@ CRF = "12"  # x264 quality: visually lossless
 def write_mp4(path: Path, video: np.ndarray, fps: int, comment: str | None = None) -> None:
     """Write uint8 (T, H, W, 3) as H.264; the file appears only when it is whole.
 
-    `comment` is kept in its metadata.
+    `comment` is kept in its metadata. `OSError` if the disk did not keep it.
     """
     frames, height, width, _ = video.shape
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,11 +32,23 @@ def write_mp4(path: Path, video: np.ndarray, fps: int, comment: str | None = Non
         macro_block_size=2,
         output_params=["-crf", CRF, "-movflags", "+faststart", *metadata],
     )
-    writer.send(None)
-    for frame in range(frames):
-        writer.send(np.ascontiguousarray(video[frame]))
+    with suppress(OSError):  # the encoder has ended: it is looked at what there is
+        writer.send(None)
+        for frame in range(frames):
+            writer.send(np.ascontiguousarray(video[frame]))
     writer.close()
+    if _frames_of(partial) != frames:  # it does not say that its disk was full
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path.name} was not kept whole; is the disk full?")
     os.replace(partial, path)
+
+
+def _frames_of(video: Path) -> int:
+    """How many frames can be read; 0 of what is no video."""
+    try:
+        return imageio_ffmpeg.count_frames_and_secs(video)[0] or 0
+    except (RuntimeError, OSError):
+        return 0
 
 
 def side_by_side(videos: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:

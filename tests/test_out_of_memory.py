@@ -1,0 +1,153 @@
+"""Memory that is full in any phase: nothing is lost, and the message says what to change."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from tests.resumable_runs import assert_same_run, config_of, make_data, run
+from tests.toy_runs import make_image
+from train.checkpoint import checkpoints_in, step_of
+from train.errors import clear_errors
+from train.learner import TrainingStopped
+from train.out_of_memory import MemoryFull
+from train.rules import ConfigError
+
+SIZES = ["data.height=64", "data.width=96", "preview.prompts=[]", "checkpoint.every=0"]
+SMALL, LARGE = (4, 6), (8, 12)  # of latents
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of two sizes, two of them large."""
+    place = make_data(tmp_path_factory.mktemp("memory"))
+    for seed in range(10, 12):
+        make_image(place / "data" / f"{seed}.png", seed, f"large {seed}", (64, 96))
+    return place
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path, toy_model: Path) -> Path:
+    return run(config_of(home, toy_model, "whole", *SIZES))
+
+
+@contextmanager
+def full_memory(kind: str, when: Callable[[Tensor], bool]) -> Iterator[None]:
+    """As if memory were full when a module of this class is given such an input."""
+
+    def check(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if type(module).__name__ == kind and when(inputs[0]):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = register_module_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def stopped(home: Path, model: Path, name: str, kind: str, when: Callable[[Tensor], bool]) -> str:
+    """What a run says that finds no memory."""
+    with full_memory(kind, when), pytest.raises(TrainingStopped) as error:
+        run(config_of(home, model, name, *SIZES))
+    return str(error.value)
+
+
+class Training:
+    """True for training on latents of a size, once so many batches have passed."""
+
+    def __init__(self, size: tuple[int, int], passed: int) -> None:
+        self.size, self.left = size, passed
+
+    def __call__(self, latents: Tensor) -> bool:
+        self.left -= torch.is_grad_enabled()
+        return torch.is_grad_enabled() and self.left < 0 and latents.shape[-2:] == self.size
+
+
+@pytest.mark.parametrize(
+    ("size", "passed", "told"),
+    [
+        (LARGE, 8, "its batch of 1x64x96 is predicted to take 0.0 GiB, as much as any of this run"),
+        (SMALL, 12, "its batch of 1x32x48 is predicted to take 0.0 GiB, the run's largest of 1x64"),
+    ],
+)
+def test_a_batch_that_is_too_large_is_named_and_the_steps_before_it_are_kept(
+    home: Path, toy_model: Path, whole: Path, size: tuple[int, int], passed: int, told: str
+) -> None:
+    name = f"batch_{passed}"
+    message = stopped(home, toy_model, name, "WanRotaryPosEmbed", Training(size, passed))
+    (saved,) = checkpoints_in(home / "out" / name / "checkpoints")
+    assert step_of(saved) >= passed // 3
+    assert f"is full, in step {step_of(saved) + 1}: {told}" in message
+    assert f"Saved is {saved}: type the same command with the change." in message
+    run(config_of(home, toy_model, name, *SIZES))
+    assert_same_run(home / "out" / name, whole)
+
+
+def test_at_the_first_step_there_is_nothing_to_save(home: Path, toy_model: Path) -> None:
+    message = stopped(
+        home, toy_model, "first", "WanRotaryPosEmbed", lambda _: torch.is_grad_enabled()
+    )
+    assert "is full, in step 1: its batch of 1x" in message
+    assert "No step is saved yet, and what is encoded stays in the cache" in message
+    assert not checkpoints_in(home / "out" / "first" / "checkpoints")
+
+
+def test_full_memory_while_measuring_loses_no_step_and_no_trained_value(
+    home: Path, toy_model: Path
+) -> None:
+    """The averages are in place of the adapters just then."""
+    own = [*SIZES, "lora.ema=0.6", "export.weights=ema"]
+    config = config_of(home, toy_model, "measured", *own)
+    folder = Path(config.output_dir)
+
+    def measuring(_: Tensor) -> bool:
+        metrics = folder / "metrics.jsonl"
+        begun = metrics.is_file() and '"step": 3' in metrics.read_text()
+        return begun and not torch.is_grad_enabled()
+
+    with full_memory("WanRotaryPosEmbed", measuring), pytest.raises(TrainingStopped) as error:
+        run(config)
+    assert "is full, while measuring after 4 steps, which is predicted to take" in str(error.value)
+    (saved,) = checkpoints_in(folder / "checkpoints")
+    assert step_of(saved) == 4
+    run(config)
+    assert_same_run(folder, run(config_of(home, toy_model, "measured_whole", *own)))
+
+
+def test_full_memory_while_encoding_is_told_so(home: Path, toy_model: Path, tmp_path: Path) -> None:
+    config = config_of(home, toy_model, "encoded", *SIZES, f"data.cache={tmp_path / 'cache'}")
+    with full_memory("WanEncoder3d", lambda _: True), pytest.raises(TrainingStopped) as error:
+        run(config)
+    assert "is full, while encoding, which is predicted to take" in str(error.value)
+
+
+def test_full_memory_while_loading_is_told_so(home: Path, toy_model: Path) -> None:
+    made = torch.optim.AdamW.__init__
+
+    @wraps(made)
+    def make(optimizer: torch.optim.AdamW, groups: list[dict], **settings: Any) -> None:
+        made(optimizer, groups, **settings)
+        if sum(len(group["params"]) for group in groups) > 2:  # those of the check before
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "__init__", make)
+        with pytest.raises(TrainingStopped, match="is full, while loading, which is predicted"):
+            run(config_of(home, toy_model, "loaded", *SIZES))
+
+
+def test_of_several_processes_the_one_whose_memory_is_full_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for error, told in ((MemoryFull("it is full"), "error: it is full\n"), (ConfigError("x"), "")):
+        with pytest.raises(SystemExit), clear_errors():
+            raise error
+        assert capsys.readouterr().err == told
