@@ -28,6 +28,8 @@ SPLITS: dict[str, Split] = {
     "validation": "heldout",
     "test": "heldout",
 }
+# What `datasets` and pyarrow raise for damaged files: they check little of what they read.
+OF_THE_LIBRARY = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
 ROWS_AT_ONCE = 32  # a row may hold a whole video
 SHOWN = 80  # characters of a value in a message
 
@@ -198,7 +200,7 @@ def _parts(path: Path, where: str) -> Iterator[pyarrow.Table]:
             yield from rows.with_format("arrow").iter(ROWS_AT_ONCE)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: is not UTF-8; save it as UTF-8") from error
-    except (OSError, ValueError) as error:
+    except (*OF_THE_LIBRARY, pyarrow.ArrowException) as error:
         reason = printable(str(error).partition("\n")[0])
         raise DataError(f"{where}: cannot be read ({reason}); make or copy it anew") from error
 

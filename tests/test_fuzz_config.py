@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import hydra
+import pytest
 from fuzzing import LONGEST, cases, damaged, in_time
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +18,8 @@ from train.config import Config, schema
 from train.errors import clear_errors
 
 BASE = ("name=fuzzed", "model=tiny", "data.path=data")
-SECTIONS = [found.name for found in CONF.iterdir() if found.is_dir()]
+EXPERIMENTS = [found.read_bytes() for found in sorted((CONF / "experiment").iterdir())]
+SECTIONS = [found.name for found in sorted(CONF.iterdir()) if found.is_dir()]
 KEYS = [*schema(), *SECTIONS, "experiment", "data.mix.a", "data.mix.a.path", "data", "lora", "high"]
 LONG = "9" * 5000
 WORDS = (
@@ -124,23 +125,56 @@ def check_answer(composed: Callable[[], Config]) -> None:
     assert len(said.getvalue()) < LONGEST + 2 * len(LONG)  # what was typed may be said again
 
 
-@cases()
+@cases(each_day=80)
 @given(overrides())
 def test_hostile_overrides(arguments: list[str]) -> None:
     check_answer(lambda: compose(arguments))
 
 
-@cases(0.25)
-@given(
-    st.one_of(trees(), damaged(*(file.read_bytes() for file in (CONF / "experiment").iterdir())))
+@cases(0.25, each_day=30)
+@given(st.one_of(trees(), damaged(*EXPERIMENTS)))
+def test_hostile_yaml_files(tmp_path: Path, content: bytes) -> None:
+    conf = tmp_path / "conf"  # of all cases: hypothesis hands out one folder
+    if not conf.exists():
+        shutil.copytree(CONF, conf)
+    (conf / "experiment" / "fuzzed.yaml").write_bytes(content)
+
+    def composed() -> Config:
+        with hydra.initialize_config_dir(str(conf), version_base="1.3"):
+            return typed(hydra.compose("config", [*BASE, "experiment=fuzzed"]))
+
+    check_answer(composed)
+
+
+def test_what_hydra_has_no_error_for_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped, clear_errors():
+        compose([*BASE, "=5"])
+    assert stopped.value.code == 2
+    assert "the settings cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("lora.rank_pattern=${seed}", "lora.rank_pattern is ${seed}: expected dict[str, int]"),
+        ("lora.rank_pattern=${high}", "lora.rank_pattern is ${high}: expected"),
+        ("optim.args=${lora}", "optim.args is ${lora}: expected dict[str"),
+        ("data.mix=${seed}", "data.mix is ${seed}: expected dict[str"),
+        ("preview.prompts=${seed}", "preview.prompts is ${seed}: expected list[str]"),
+        ("experts=${name}", "experts is ${name}: expected list[str]"),
+        ("+lora.rank_pattern={a: '${name}'}", "lora.rank_pattern.a: While dereferencing"),
+        ("preview.seeds=['${name}']", "preview.seeds[0]: While dereferencing"),
+        ("lora=5", "lora is a section, not a key: set lora.rank, "),
+    ],
 )
-def test_hostile_yaml_files(content: bytes) -> None:
-    with TemporaryDirectory() as folder:
-        conf = shutil.copytree(CONF, Path(folder, "conf"))
-        (conf / "experiment" / "fuzzed.yaml").write_bytes(content)
+def test_values_of_another_type_are_told(
+    capsys: pytest.CaptureFixture[str], setting: str, expected: str
+) -> None:
+    with pytest.raises(SystemExit), clear_errors():
+        compose([*BASE, setting])
+    assert f"error: {expected}" in capsys.readouterr().err
 
-        def composed() -> Config:
-            with hydra.initialize_config_dir(str(conf), version_base="1.3"):
-                return typed(hydra.compose("config", [*BASE, "experiment=fuzzed"]))
 
-        check_answer(composed)
+def test_errors_of_the_program_keep_their_traceback() -> None:
+    with pytest.raises(ValueError, match="ours"), clear_errors():
+        raise ValueError("ours")

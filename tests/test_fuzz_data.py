@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pyarrow
+import pyarrow.parquet as parquet_file
 from fuzzing import answer_or, cases, damaged, files_below
 from hypothesis import given
 from hypothesis import strategies as st
@@ -158,6 +160,15 @@ def parquet_files(draw: st.DrawFn) -> bytes:
 @given(parquet_files())
 def test_damaged_parquet(content: bytes) -> None:
     check("list.parquet", content)
+
+
+def test_a_schema_that_is_no_schema_is_told(tmp_path: Path) -> None:
+    """Parquet's metadata hold what types the columns have for `datasets`, as JSON of any kind."""
+    features = {"info": {"features": {"path": {"_type": "Value", "dtype": "string"}, "a": "text"}}}
+    table = pyarrow.table({"path": ["a.mp4"]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    parquet_file.write_table(table, tmp_path / "a.parquet")
+    assert answer_or(DataError, lambda: read_all(tmp_path / "a.parquet", tmp_path / "m")) is None
 
 
 def test_the_undamaged_list_is_read(tmp_path: Path) -> None:

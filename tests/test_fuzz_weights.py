@@ -8,8 +8,9 @@ from tempfile import TemporaryDirectory
 
 import gguf
 import numpy as np
+import pytest
 import torch
-from fuzzing import answer_or, cases, damaged
+from fuzzing import answer_or, assert_sentence, cases, damaged
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
@@ -191,6 +192,39 @@ def test_damaged_gguf(content: bytes) -> None:
 @given(gguf_files())
 def test_hostile_gguf_headers(content: bytes) -> None:
     check(content, ".gguf")
+
+
+def _tensor(name: str, dtype: object, shape: list[float], size: int) -> bytes:
+    entry = {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
+    header = json.dumps({name: entry}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(size)
+
+
+def _gguf(entries: bytes, *tensors: bytes) -> bytes:
+    counts = struct.pack("<QQ", len(tensors), bool(entries))
+    return b"GGUF\x03\0\0\0" + counts + entries + b"".join(tensors) + bytes(64)
+
+
+FOUND = {  # what was an exception, or steered the terminal, before the fuzzing found it
+    "a list as dtype": _tensor("a", [], [1], 4),
+    "a fraction in a shape": _tensor("a", "F32", [1.0], 4),
+    "half a character": _tensor("\ud800", "F32", [1], 4),
+    "an escape sequence": _tensor("\x1b[2J", "F32", [1], 4),
+    "no length": bytes(8) + b'{"a": 1}',
+    "alignment to 0": _gguf(_text("general.alignment") + struct.pack("<II", 4, 0)),
+    "alignment to a text": _gguf(_text("general.alignment") + struct.pack("<I", 8) + _text("a")),
+    "arrays in arrays": _gguf(_text("a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 2000),
+    "no values": _gguf(b"", _text("a") + struct.pack("<IQIQ", 1, 0, 0, 0)),
+    "half a block": _gguf(b"", _text("a") + struct.pack("<IQIQ", 1, 33, 8, 0)),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_what_was_found_is_refused(tmp_path: Path, case: str) -> None:
+    (tmp_path / "a.safetensors").write_bytes(FOUND[case])
+    with pytest.raises(ModelError, match=r"damaged header|no.* safetensors file") as error:
+        read_header(tmp_path / "a.safetensors")
+    assert_sentence(str(error.value))
 
 
 def test_the_undamaged_files_are_read(tmp_path: Path) -> None:

@@ -26,6 +26,12 @@ def unknown_key(path: str, keys: Mapping[str, Key]) -> ConfigError:
         return ConfigError(f"{path} is not set yet: to add it, write +{path}=…")
     if path.startswith("lora.rank_pattern."):
         return ConfigError("to add to lora.rank_pattern, write '+lora.rank_pattern={REGEX: RANK}'")
+    if path.split(".")[-1] in ("boundary", "boundary_ratio"):
+        facts = [f"{v.boundary:g} of {name}" for name, v in VARIANTS.items() if v.boundary]
+        return ConfigError(
+            f"{path} is not a key: at which noise the experts take turns belongs to model.variant "
+            f"({', '.join(facts)}), and another boundary would train each on the other's noise."
+        )
     groups = {
         folder.name: f"a file of conf/{folder.name}" for folder in CONF.iterdir() if folder.is_dir()
     }
@@ -45,6 +51,7 @@ def unknown_key(path: str, keys: Mapping[str, Key]) -> ConfigError:
 def typed(cfg: DictConfig) -> Config:
     """The composed settings as checked plain dataclasses; `ConfigError` if one is wrong."""
     values = _leaves(OmegaConf.to_container(cfg), "")
+    _refuse_references(values)
     mixed = [f"data.mix.{name}" for name in cfg.data.mix]
     known = schema() | {found.path: found for name in mixed for found in _source_keys(name)}
     for path in values:
@@ -74,6 +81,16 @@ def _source(name: str, given: DictConfig) -> SourceConfig:
         raise ConfigError(f"data.mix.{name}.{error.full_key}: {found}.") from None
     assert isinstance(source, SourceConfig)
     return source
+
+
+def _refuse_references(values: Mapping[str, object]) -> None:
+    """Lists and tables are written out: what `${...}` stands for there, OmegaConf never checks."""
+    for path, known in schema().items():
+        value = values.get(path)
+        if isinstance(value, str) and value != MISSING and known.type.startswith(("list", "dict")):
+            raise ConfigError(
+                f"{path} is {value}: expected {known.type} ({known.doc}). Write its values out."
+            )
 
 
 def _source_keys(prefix: str) -> list[Key]:
@@ -217,8 +234,8 @@ def _check_lora(config: Config) -> None:
             )
     if lora.ema is not None and config.optim.name.startswith("schedulefree"):
         raise ConfigError(
-            f"lora.ema is {lora.ema:g}, but {config.optim.name} keeps an average by itself. Leave "
-            "lora.ema out."
+            f"lora.ema is {lora.ema:g}, but optim.name is {config.optim.name}, which keeps an "
+            "average by itself. Leave lora.ema out."
         )
     if config.export.weights != "live" and lora.ema is None:
         raise ConfigError(
@@ -274,6 +291,19 @@ def _check_looks(config: Config) -> None:
                 f"preview.{name} is {value:g}, which has no effect next to preview.distilled: its "
                 "adapters need settings of their own. Leave one of the two out."
             )
+    if preview.shift is not None and not preview.prompts:
+        raise ConfigError(
+            f"preview.shift is {preview.shift:g}, which has no effect with preview.prompts=[]: "
+            "nothing is rendered. Leave one of the two out; the shift of training is "
+            "timesteps.shift."
+        )
+    facts = VARIANTS[config.model.variant]
+    if preview.guidance_high is not None and "high" not in facts.experts:
+        raise ConfigError(
+            f"preview.guidance_high is {preview.guidance_high:g}, which has no effect with "
+            f"model.variant={facts.name}: the scale of its one transformer is "
+            "preview.guidance_low. Leave it out."
+        )
     if preview.grid and len(trained_experts(config)) < 2:
         raise ConfigError(
             "preview.grid is true, but one expert alone is trained: there is no other adapter to "
