@@ -15,7 +15,7 @@ demo: .venv/.installed ## train two adapters on the embedded toy model and look 
 	$(BIN)/python -m tools.report outputs/demo
 
 test: .venv/.installed ## run the whole test suite
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.installed ## check style, format and types
 	$(BIN)/ruff check .

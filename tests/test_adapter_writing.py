@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 import torch
-from adapter_examples import ALPHA, RANK, predict, tiny_transformer
+from adapter_examples import ALPHA, INFO, RANK, predict, random_state, tiny_transformer
 from layout_adapters import adapter, deltas, same_bits, write
 from peft import PeftModel
 from safetensors import safe_open
@@ -23,6 +23,7 @@ from wan.adapter_values import Factors
 from wan.adapter_writing import write_layout
 from wan.checkpoints import ModelError
 from wan.lora import adapter_layers
+from wan.lora_format import export_adapter
 from wan.safetensors_writer import file_hashes
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -146,9 +147,13 @@ def test_a_few_bytes_cannot_ask_for_all_memory(tmp_path: Path) -> None:
 
 SCRIPT = """
 import pathlib, sys, torch
+from adapter_examples import INFO, random_state
 from layout_adapters import adapter, write
+from wan.lora_format import export_adapter
+folder = pathlib.Path(sys.argv[1])
 for layout in sys.argv[2:]:
-    write(pathlib.Path(sys.argv[1]) / layout, layout, adapter(0.3, 12), torch.bfloat16)
+    write(folder / layout, layout, adapter(0.3, 12), torch.bfloat16)
+export_adapter(folder, "fox", random_state(1), INFO, torch.bfloat16)
 """
 
 
@@ -162,8 +167,9 @@ def test_every_process_writes_the_same_bytes(tmp_path: Path) -> None:
     subprocess.run(command, env=environment, check=True, capture_output=True)
     for layout in LAYOUTS:
         write(tmp_path / "here" / layout, layout, adapter(0.3, 12), torch.bfloat16)
+    export_adapter(tmp_path / "here", "fox", random_state(1), INFO, torch.bfloat16)
     files = [path for path in (tmp_path / "here").rglob("*") if path.is_file()]
-    assert len(files) == len(LAYOUTS) + 1
+    assert len(files) == len(LAYOUTS) + 2
     for path in files:
         there = tmp_path / "there" / path.relative_to(tmp_path / "here")
         assert path.read_bytes() == there.read_bytes()

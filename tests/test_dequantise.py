@@ -19,9 +19,9 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from wan import dequantise
 from wan.dequantise import dequantise_fp8
+from wan.frozen_linear import FrozenLinear
 from wan.key_names import transformer_name
 from wan.lora import adapter_parameters, attach
-from wan.frozen_linear import FrozenLinear
 from wan.recognise import Part, Weights
 from wan.weights import build_text_encoder, build_transformer, parameter_count, read_tensors
 

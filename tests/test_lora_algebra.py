@@ -26,12 +26,6 @@ ROOT = Path(__file__).parents[1]
 EXPERTS = ("high", "low")
 
 
-def program(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    """`python -m tools.lora` as a process of its own."""
-    command = [sys.executable, "-m", "tools.lora", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 def trained(folder: Path, name: str, seed: int, dtype: torch.dtype = torch.float32) -> Path:
     """The high file of a finished pair."""
     for number, expert in enumerate(EXPERTS):
@@ -217,14 +211,6 @@ def test_what_cannot_be_done_is_one_sentence(
         assert re.fullmatch(rf"error: [^\n]*{message}[^\n]*\n", said.err), said.err
         assert not said.out
     assert not (tmp_path / "out").exists()
-
-
-def test_as_a_process_of_its_own(tmp_path: Path) -> None:
-    fox = trained(tmp_path, "fox", 1)
-    done = program("merge", f"{fox}:nan", "--pair", "--out", tmp_path / "out")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.search(r"^error: [^\n]*'nan' is no strength; [^\n]*\n\Z", done.stderr, re.MULTILINE)
-    assert "Traceback" not in done.stderr
 
 
 def test_a_reader_who_has_seen_enough_gives_no_traceback(tmp_path: Path) -> None:

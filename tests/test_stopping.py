@@ -27,7 +27,7 @@ from train.checkpoint import checkpoints_in, step_of
 from train.stopping import Stopped, StopRequest, resume_command, stop_requests
 
 ROOT = Path(__file__).parent.parent
-OFTEN = ["eval.every=1", "eval.draws=9", "checkpoint.every=0", "preview.prompts=[]"]
+OFTEN = ["steps=2", "eval.every=1", "eval.draws=9", "checkpoint.every=0", "preview.prompts=[]"]
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +170,8 @@ def test_a_stop_during_an_evaluation_saves_the_step_and_measures_it_later(
 def test_a_stop_during_a_step_finishes_it(
     home: Path, toy_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Mid-accumulation: 60 passes of a step, and the signal comes within them."""
-    long = ["accumulate=60", "steps=2", "turn_steps=2", "eval.every=0", "preview.prompts=[]"]
+    """Mid-accumulation: 20 passes of a step, and the signal comes within them."""
+    long = ["accumulate=20", "steps=2", "turn_steps=2", "eval.every=0", "preview.prompts=[]"]
     config = config_of(home, toy_model, "long", *long, "tracking.log_every=1")
     folder = Path(config.output_dir)
     thread = when(lambda: has_line(folder / "metrics.jsonl", '{"step": 1'), signal.SIGINT)
@@ -188,7 +188,7 @@ def test_a_stop_during_a_step_finishes_it(
 def test_a_stop_before_the_first_step_leaves_nothing_in_the_way(
     home: Path, toy_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = config_of(home, toy_model, "early", "eval.draws=99", "steps=1", "optim.warmup_steps=0")
+    config = config_of(home, toy_model, "early", "eval.draws=20", "steps=1", "optim.warmup_steps=0")
     folder = Path(config.output_dir)
     thread = when(lambda: (folder / "config.yaml").exists(), signal.SIGTERM)
     run(config)

@@ -150,13 +150,10 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(
     common = [*SHORT, f"data.cache={cache}", "steps=2", "batch_size=2", "data.caption_dropout=0.5"]
     one, two = tmp_path / "one", tmp_path / "two"
     train(settings.compose([*common, f"output_dir={one}", "accumulate=2"]))
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += ["--master_port=29617", str(ROOT / "train" / "lora.py")]
+    command = [sys.executable, "-m", "tests.forked_runs", "2"]
     done = subprocess.run(
         [*command, *common, f"output_dir={two}"],
         cwd=ROOT,
-        env=environment,
         capture_output=True,
         text=True,
         check=False,  # gloo may abort a process after all is written
@@ -210,23 +207,3 @@ def test_mistakes_in_the_data_folder_are_told_with_the_file(tmp_path: Path) -> N
     assert "lonely.txt" in message()
     (tmp_path / "lonely.mp4").write_bytes(b"not a video")
     assert "lonely.mp4" in message()
-
-
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [("lora.rnak=3", "did you mean lora.rank"), ("high.rank=0", "high.rank is 0")],
-)
-def test_the_program_prints_one_sentence_and_no_traceback(
-    override: str, words: str, tmp_path: Path
-) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train/lora.py"), "experiment=demo", override],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
