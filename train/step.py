@@ -50,7 +50,7 @@ def velocity_error(
     Places count as their mask says, and a first frame that TI2V-5B is given does not count at all.
     """
     device = device_of(transformer)
-    x0, noise = batch.latents.to(device, torch.float32), draw.noise.to(device)
+    x0, noise = _on(batch.latents, device).float(), _on(draw.noise, device)
     predicted, weight = predicted_velocity(transformer, batch, x0, noise, draw.sigma, facts)
     error = (predicted - flow.velocity(x0, noise)).square().mean(dim=1)  # (B, F, h, w)
     # A mask may leave nothing but the frame that is given: no error then, not 0 / 0.
@@ -72,7 +72,7 @@ def predicted_velocity(
     (wan22.md sections 3.1 and 4).
     """
     device = device_of(transformer)
-    sigma = sigma.to(device)
+    sigma = _on(sigma, device)
     x_sigma = flow.add_noise(x0, noise, sigma)  # (B, C, F, h, w)
     weight = x0.new_ones(x0.shape[0], *x0.shape[2:])  # (B, F, h, w)
     if batch.mask is not None:
@@ -99,6 +99,6 @@ def predicted_velocity(
 
 def _on(tensor: Tensor, device: torch.device) -> Tensor:
     """The same on the device; the host does not wait for the copy, nor for what runs before it."""
-    if device.type != "cuda":
+    if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

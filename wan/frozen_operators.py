@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from wan.compiler import can_compile, compiled
@@ -37,14 +36,19 @@ OPERATORS.define(
     "whole_input_gradient(Tensor grad, Tensor data, Tensor scale, str format, SymInt width,"
     " Tensor? inner, Tensor? wide) -> Tensor"
 )
+OPERATORS.define("factor_gradient(Tensor left, Tensor right, ScalarType dtype) -> Tensor")
 
 
 def _plain_product(
     rows: Tensor, columns: Tensor, bias: Tensor | None, inner: Tensor | None, wide: Tensor | None
 ) -> Tensor:
     """rows (L, K) times columns (K, N) plus bias (N,) plus inner (L, rank) times wide (rank, N)."""
+    if inner is not None and wide is not None and rows.is_cuda:
+        # The narrow one first: to read y again, the wide product's kernel has time.
+        y = inner @ wide if bias is None else torch.addmm(bias, inner, wide)
+        return y.addmm_(rows, columns)
     y = rows @ columns if bias is None else torch.addmm(bias, rows, columns)
-    return _with_narrow(y, inner, wide)
+    return _with_narrow(y, inner, wide)  # without an effect it is the base's to the bit
 
 
 def _fp8_product(  # noqa: PLR0913 (an operator takes its tensors one by one)
@@ -105,8 +109,7 @@ def _whole_product(
     inner: Tensor | None,
     wide: Tensor | None,
 ) -> Tensor:
-    y = F.linear(rows, make_whole(data, scale, format, rows.dtype), bias)
-    return _with_narrow(y, inner, wide)
+    return _plain_product(rows, make_whole(data, scale, format, rows.dtype).T, bias, inner, wide)
 
 
 def _whole_input_gradient(
@@ -119,12 +122,26 @@ def _whole_input_gradient(
     wide: Tensor | None,
 ) -> Tensor:
     """grad (L, out) times the weight (out, width) made whole."""
-    return _with_narrow(grad @ make_whole(data, scale, format, grad.dtype), inner, wide)
+    return _plain_product(grad, make_whole(data, scale, format, grad.dtype), None, inner, wide)
+
+
+def _factor_gradient(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left (L, M) turned, times right (L, N), in `dtype`: a card's sums in fp32 stay so."""
+    if left.is_cuda and dtype == torch.float32 and left.dtype != dtype:
+        return torch.mm(left.T, right, out_dtype=dtype)
+    return (left.T @ right).to(dtype)
 
 
 def _with_narrow(y: Tensor, inner: Tensor | None, wide: Tensor | None) -> Tensor:
     """y + inner wide, where y lies."""
-    return y if inner is None or wide is None else y.addmm_(inner, wide)
+    if inner is None or wide is None:
+        return y
+    if y.is_cuda and y.dtype == torch.bfloat16 and can_compile(y.device):
+        from wan.narrow_kernel import WIDEST, add_narrow  # (a CPU's PyTorch brings no Triton)
+
+        if inner.shape[1] <= WIDEST:
+            return add_narrow(y, inner, wide)
+    return y.addmm_(inner, wide)
 
 
 for _function in (
@@ -133,6 +150,7 @@ for _function in (
     _fp8_input_gradient,
     _whole_product,
     _whole_input_gradient,
+    _factor_gradient,
 ):
     OPERATORS.impl(_function.__name__[1:], _function, "CompositeExplicitAutograd")
 
@@ -194,6 +212,11 @@ def _(
     wide: Tensor | None,
 ) -> Tensor:
     return grad.new_empty(grad.shape[0], width)
+
+
+@torch.library.register_fake("wan::factor_gradient")
+def _(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    return left.new_empty(left.shape[1], right.shape[1], dtype=dtype)
 
 
 def turned_weight(data: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ class _Kept(FunctionCtx):
     strength: float
     format: str
     width: int
+    factors: torch.dtype  # in which A and B get their gradients
 
 
 class _Product(torch.autograd.Function):
@@ -81,11 +82,11 @@ class _Product(torch.autograd.Function):
         bias: Tensor | None,
         format: str,
     ) -> Tensor:
-        inner = wide = None
+        seen = inner = wide = None
         if a is not None and b is not None:
-            inner = _scaled(rows @ a.to(rows.dtype).T, strength)  # (L, rank)
-            wide = b.to(rows.dtype).T  # (rank, out)
-        seen = None if inner is None else rows
+            ctx.factors = a.dtype
+            a, b = a.to(rows.dtype), b.to(rows.dtype)  # kept so: cast once, not in both passes
+            seen, inner, wide = rows, _scaled(rows @ a.T, strength), b.T  # (L, rank), (rank, out)
         ctx.save_for_backward(seen, inner, a, b, data, scale, turned)  # pyright: ignore[reportArgumentType] (None is one too)
         ctx.strength, ctx.format, ctx.width = strength, format, rows.shape[1]
         if format == PLAIN:
@@ -105,17 +106,14 @@ class _Product(torch.autograd.Function):
         (grad,) = grads
         rows, inner, a, b, data, scale, turned = ctx.saved_tensors
         assert data is not None
-        inner_grad = a_wide = a_grad = b_grad = None
-        if rows is not None and inner is not None and a is not None and b is not None:
-            inner_grad = _scaled(grad @ b.to(grad.dtype), ctx.strength)  # (L, rank)
-            a_grad = (inner_grad.T @ rows).to(a.dtype)
-            b_grad = (grad.T @ inner).to(b.dtype)
-            a_wide = a.to(grad.dtype)  # (rank, in)
+        inner_grad = a_grad = b_grad = None
+        if rows is not None and inner is not None and b is not None:
+            inner_grad = _scaled(grad @ b, ctx.strength)  # (L, rank)
+            a_grad = torch.ops.wan.factor_gradient(inner_grad, rows, ctx.factors)
+            b_grad = torch.ops.wan.factor_gradient(grad, inner, ctx.factors)
         back = None
         if ctx.needs_input_grad[0]:
-            back = _input_gradient(
-                grad, data, scale, turned, ctx.format, ctx.width, inner_grad, a_wide
-            )
+            back = _input_gradient(grad, data, scale, turned, ctx.format, ctx.width, inner_grad, a)
         return back, a_grad, b_grad, None, None, None, None, None, None
 
 
