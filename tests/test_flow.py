@@ -155,6 +155,15 @@ def test_low_discrepancy_visits_bins_evenly(seed: int) -> None:
     assert counts.max() - counts.min() > 3
 
 
+@pytest.mark.parametrize("draws", [2, 3, 4, 8])
+def test_draws_within_a_bin_lie_apart(draws: int) -> None:
+    u = flow.binned_uniforms(7, 8, draws).view(draws, 8)
+    assert torch.equal((8 * u).floor(), torch.arange(8, dtype=u.dtype).expand(draws, 8))
+    within = (8 * u % 1).sort(0).values
+    around = torch.cat([within[1:], within[:1] + 1]) - within  # gaps, that over the end too
+    assert around.min() > 0.4 / draws  # 1 / draws would be even
+
+
 @pytest.mark.parametrize("low_discrepancy", [True, False])
 def test_each_uniform_is_recomputable_alone(low_discrepancy: bool) -> None:
     together = flow.uniforms(7, 1000, 50, low_discrepancy)

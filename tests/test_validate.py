@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from data.batches import Draws, EncodedClips
 from tests.toy_runs import encoded_clips
 from train.validate import HeldoutLoss, HeldoutPlan, heldout_loss
+from wan.adapter_choices import target_modules
 from wan.checkpoints import ModelPaths, find_model, load_transformer
 from wan.flow import TimestepLaw, bin_edges, expert_range
-from wan.lora import adapter_parameters, attach, target_modules
+from wan.lora import adapter_parameters, attach
 from wan.variants import EXPERTS, Expert, variant
 
 TINY = variant("tiny")

@@ -30,7 +30,6 @@ from wan.variants import VARIANTS, Expert
 BATCH = 4
 WARMUP_STEPS = 20
 BINS, DRAWS = 8, 2  # of the held-out loss: noise bins, and draws of each clip in each
-GOLDEN = 0.6180339887498949
 FACTS = VARIANTS["tiny"]
 
 Shape = Literal["videos", "images"]
@@ -203,42 +202,23 @@ def clips_at(seed: int, shape: Shape, batch: int, clips: int) -> list[int]:
     return [orders[position // clips][position % clips] for position in positions]
 
 
-@dataclass(frozen=True)
-class HeldoutLosses:
-    """Held-out loss of S runs of an expert under the demo's law, the same noise for all."""
-
-    mean: list[float]
-    standard_error: list[float]  # of each mean, over clips and draws
-    bins: list[list[float]]  # in noise bins of equal probability
-    edges: list[float]  # of the bins
-
-
 @torch.no_grad()
-def heldout_losses(stage: Stage, adapters: Adapters) -> HeldoutLosses:
-    """Measure all runs as `train.validate` does: clips, bins, and in each a place of its own."""
-    law, data = Setting().law(), stage.data
-    runs, count = len(next(iter(adapters.a.values()))), BINS * DRAWS
+def heldout_losses(stage: Stage, adapters: Adapters) -> Tensor:
+    """Held-out loss (S, bins) of S runs under the demo's law, measured as `train.validate` does.
+
+    Bins are equally probable under that law; the noise is the same for all runs.
+    """
+    law, clips = Setting().law(), range(len(stage.data.heldout))
+    runs = len(next(iter(adapters.a.values())))
+    losses = torch.zeros(runs, BINS)
     set_adapters(stage.linears, adapters)
-    table = torch.zeros(runs, len(data.heldout), DRAWS, BINS)
-    for clip in range(len(data.heldout)):
+    for clip in clips:
         seed = flow.mix_seed(0, "heldout", stage.expert, clip)
-        sigma = law.draw(binned_uniforms(seed, count), stage.sigma_range)
-        samples = repeated(stage, clip, sigma, noises(stage, seed, count), runs)
-        table[:, clip] = errors(stage, samples).view(runs, DRAWS, BINS).cpu()
+        sigma = law.draw(flow.binned_uniforms(seed, BINS, DRAWS), stage.sigma_range)
+        samples = repeated(stage, clip, sigma, noises(stage, seed, BINS * DRAWS), runs)
+        losses += errors(stage, samples).view(runs, DRAWS, BINS).mean(1).cpu() / len(clips)
     set_adapters(stage.linears, None)
-    by_draw = table.mean(-1).flatten(1)  # (S, clips * draws)
-    return HeldoutLosses(
-        mean=by_draw.mean(1).tolist(),
-        standard_error=(by_draw.std(1) / math.sqrt(by_draw.shape[1])).tolist(),
-        bins=table.mean(dim=(1, 2)).tolist(),
-        edges=flow.bin_edges(law, stage.sigma_range, BINS).tolist(),
-    )
-
-
-def binned_uniforms(seed: int, count: int) -> Tensor:
-    """(count,) numbers in (0, 1), bin after bin one in each, as `train.validate` has them."""
-    within = flow.uniforms(seed, 0, count, low_discrepancy=True)
-    return (torch.arange(count) % BINS + within) / BINS
+    return losses
 
 
 def repeated(stage: Stage, clip: int, sigma: Tensor, noise: Tensor, runs: int) -> Samples:

@@ -1,6 +1,6 @@
 """Render with pairs of adapters and let the judge say whether the concept is there."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,13 +21,11 @@ VIDEOS_AT_ONCE = 96  # in one batch of the VAE
 
 @dataclass(frozen=True)
 class Score:
-    """Shares of videos in which the judge sees what the prompt says, and how sure it is."""
+    """Shares of videos in which the judge sees what the prompt says."""
 
-    concept: float  # a zorbi is seen where the prompt has the trigger
-    concept_probability: float  # the same, as the judge's mean probability
-    concept_unasked: float  # a zorbi is seen where the prompt has none
-    colour: float  # of the world's prompts: whether the rest is still known
-    shape: float
+    concept: float  # a zorbi where the prompt has the trigger
+    unasked: float  # a zorbi where it has not
+    shape: float  # the right shape there: whether the world is still known
 
 
 @dataclass(frozen=True)
@@ -59,21 +57,17 @@ def _scores_of(
     data = stages["high"].data
     concept = data.concept_prompts[: judging.concept_prompts]
     ordinary = data.world_prompts[: judging.world_prompts]
-    wanted = data.world_wanted[: judging.world_prompts].cpu()
+    wanted = data.world_wanted[: judging.world_prompts, 1].cpu()
     prompts = torch.cat([concept, ordinary])
     latents = _rendered(stages, pairs, prompts, rows, judging.steps)
-    colours, shapes = _judged(latents, judging)  # (rows * prompts, 6) each
     found = []
-    for colour, shape in zip(colours.chunk(rows), shapes.chunk(rows), strict=True):
-        asked, unasked = shape[: len(concept)], shape[len(concept) :]
-        ordinary_colour = colour[len(concept) :]
+    for seen in _shapes(latents, judging).chunk(rows):
+        asked, unasked = seen.split([len(concept), len(ordinary)])
         found.append(
             Score(
-                concept=_share(asked.argmax(-1) == world.ZORBI),
-                concept_probability=asked[:, world.ZORBI].mean().item(),
-                concept_unasked=_share(unasked.argmax(-1) == world.ZORBI),
-                colour=_share(ordinary_colour.argmax(-1) == wanted[:, 0]),
-                shape=_share(unasked.argmax(-1) == wanted[:, 1]),
+                concept=_share(asked == world.ZORBI),
+                unasked=_share(unasked == world.ZORBI),
+                shape=_share(unasked == wanted),
             )
         )
     return found
@@ -112,14 +106,11 @@ def _rendered(
     return latents
 
 
-def _judged(latents: Tensor, judging: Judging) -> tuple[Tensor, Tensor]:
-    """Probabilities of colour and shape of each video, on the CPU."""
-    verdicts: Sequence[tuple[Tensor, Tensor]] = [
-        verdict(judging.judge, decode_latents(judging.vae, part))
-        for part in latents.split(VIDEOS_AT_ONCE)
-    ]
-    colours, shapes = zip(*verdicts, strict=True)
-    return torch.cat(colours).cpu(), torch.cat(shapes).cpu()
+def _shapes(latents: Tensor, judging: Judging) -> Tensor:
+    """The shape that is seen in each video, by the world's indices, on the CPU."""
+    parts = latents.split(VIDEOS_AT_ONCE)
+    verdicts = [verdict(judging.judge, decode_latents(judging.vae, part)) for part in parts]
+    return torch.cat([shapes.argmax(-1) for _, shapes in verdicts]).cpu()
 
 
 def _share(right: Tensor) -> float:

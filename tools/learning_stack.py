@@ -13,8 +13,8 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor, nn
 
+from wan.adapter_choices import split_module
 from wan.flow import mix_seed
-from wan.lora import split_module
 
 BETAS, WEIGHT_DECAY, EPSILON = (0.9, 0.99), 0.01, 1e-8  # of conf/optim/adamw.yaml
 MAX_GRAD_NORM = 1.0

@@ -2,7 +2,7 @@
 
     python -m tools.learning_study prepare study.safetensors   # encode the demo's clips, once
     python -m tools.learning_study run OUT --data study.safetensors --seeds 0 1 2 3
-    python -m tools.learning_study table OUT                   # the tables of docs/learning.md
+    python -m tools.learning_study table OUT/results.jsonl     # as in docs/learning.md
 
 `run` trains many adapters side by side on one device (minutes on a GPU) and appends a line of JSON
 for each choice and seed to OUT/results.jsonl; what is there already is not run again.
@@ -38,7 +38,7 @@ class Trained:
 
     rows: dict[Run, int]
     adapters: Adapters
-    heldout: dict[Run | None, dict[str, object]]  # None: the base
+    heldout: dict[Run | None, list[float]]  # in noise bins; None: the base
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def main() -> None:
         study = make_study(load_data(arguments.data), device, arguments)
         run(study, arguments.out, chosen(arguments.only), arguments.seeds, arguments.together)
     else:
-        print(tables(read_results(arguments.out)))
+        print(tables(read_results(arguments.file)))
 
 
 def parsed() -> argparse.Namespace:
@@ -99,7 +99,7 @@ def parsed() -> argparse.Namespace:
     runs.add_argument("--repeats", type=int, default=64, help="gradients of which to take variance")
     runs.add_argument("--batches", type=int, default=16, help="batches of the longer of them")
     table = commands.add_parser("table", help="print the tables in Markdown")
-    table.add_argument("out", type=Path)
+    table.add_argument("file", type=Path, help=f"{RESULTS} of a run")
     return parser.parse_args()
 
 
@@ -137,11 +137,12 @@ def run(
 ) -> None:
     """Run what is missing in groups, and append the results of each group when it is done."""
     out.mkdir(parents=True, exist_ok=True)
-    before = read_results(out)
-    (out / RESULTS).write_text("".join(json.dumps(line) + "\n" for line in before))  # no torn line
+    file = out / RESULTS
+    before = read_results(file) if file.exists() else []
+    file.write_text("".join(json.dumps(line) + "\n" for line in before))  # no torn line
     if any(line["scope"] != study.scope() for line in before):
         raise SystemExit(
-            f"error: {out / RESULTS} holds results of other steps or prompts "
+            f"error: {file} holds results of other steps or prompts "
             f"({before[0]['scope']}, asked for {study.scope()}); name another folder"
         )
     done = {(line["choice"], line["seed"]) for line in before}
@@ -160,9 +161,9 @@ def run(
         lines = results(study, group, trained)
         say("judged")
         lines += spreads(study, group, trained)
-        with (out / RESULTS).open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-        say(f"written to {out / RESULTS}")
+        with file.open("a") as appended:
+            appended.writelines(json.dumps(line) + "\n" for line in lines)
+        say(f"written to {file}")
 
 
 def train_group(study: Study, expert: Expert, group: Sequence[Wanted], say: Say) -> Trained:
@@ -173,15 +174,7 @@ def train_group(study: Study, expert: Expert, group: Sequence[Wanted], say: Say)
     runs = list(dict.fromkeys(r for r in needed if r is not None)) or [Run(Setting(), 0)]
     adapters = train_adapters(stage, runs, study.steps[expert], say)
     found = heldout_losses(stage, adapters.rows([*range(len(runs)), None]))
-    heldout: dict[Run | None, dict[str, object]] = {
-        run: {
-            "mean": found.mean[row],
-            "standard_error": found.standard_error[row],
-            "bins": found.bins[row],
-            "edges": found.edges,
-        }
-        for row, run in enumerate([*runs, None])
-    }
+    heldout = dict(zip([*runs, None], found.tolist(), strict=True))
     return Trained({run: row for row, run in enumerate(runs)}, adapters, heldout)
 
 
@@ -199,18 +192,16 @@ def results(
     for expert, of in trained.items():
         runs = [run_of(choice, expert, seed) for choice, seed in group]
         pairs[expert] = of.adapters.rows([None if r is None else of.rows[r] for r in runs])
-        losses[expert] = [of.heldout[r] for r in runs]
+        losses[expert] = [_rounded(of.heldout[r]) for r in runs]
     judged = scores(study.stages, pairs, study.judging)
     return [
         {
             "kind": "run",
             "choice": choice.name,
-            "factor": choice.factor,
-            "value": choice.value,
             "seed": seed,
             "scope": study.scope(),
             "heldout": {expert: losses[expert][number] for expert in trained},
-            "score": asdict(judged[number]),
+            "score": {name: round(share, 6) for name, share in asdict(judged[number]).items()},
         }
         for number, (choice, seed) in enumerate(group)
     ]
@@ -235,12 +226,15 @@ def spreads(
     return lines
 
 
-def read_results(out: Path) -> list[dict]:
-    """The lines that are there; a last one that was cut off by a killed run does not count."""
-    path = out / RESULTS
-    if not path.is_file():
-        return []
-    whole, _, _ = path.read_text().rpartition("\n")
+def _rounded(losses: Sequence[float]) -> list[float]:
+    return [round(loss, 5) for loss in losses]
+
+
+def read_results(file: Path) -> list[dict]:
+    """The lines of a file; a last one that was cut off by a killed run does not count."""
+    if not file.is_file():
+        raise SystemExit(f"error: there is no file {file}; `run` makes OUT/{RESULTS}")
+    whole, _, _ = file.read_text().rpartition("\n")
     return [json.loads(line) for line in whole.splitlines()]
 
 

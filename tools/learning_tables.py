@@ -4,58 +4,54 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
-from tools.learning_choices import DEFAULT
+from tools.learning_choices import DEFAULT, Setting
+from wan.flow import bin_edges, expert_range
+from wan.variants import VARIANTS, Expert
 
 # Quantiles of Student's t: a difference beyond its error times this is of 1 % chance, for
 # 1, 2, ... degrees of freedom.
 T_99 = (63.7, 9.92, 5.84, 4.60, 4.03, 3.71, 3.50, 3.36, 3.25, 3.17, 3.11, 3.05, 3.01, 2.98, 2.95)
 
-FACTORS = {
-    "sigma": "Law of noise levels",
-    "draws": "Draws of noise levels",
-    "weighting": "Weight of noise levels in the loss",
-    "rank": "Rank",
-    "rate_high": "Learning rate of the high expert",
-    "rate_low": "Learning rate of the low expert",
-    "experts": "Which experts are trained",
-    "dropout": "Share of dropped captions",
-    "ema": "Average of the weights",
-}
-DEFAULT_VALUES = {
-    "sigma": "uniform shift 5",
-    "draws": "low discrepancy",
-    "weighting": "none",
-    "rank": "16",
-    "rate_high": "0.001",
-    "rate_low": "0.001",
-    "experts": "both",
-    "dropout": "0.1",
-    "ema": "live",
+FACTORS = {  # title and the default's value
+    "sigma": ("Law of noise levels", "uniform shift 5"),
+    "draws": ("Draws of noise levels", "low discrepancy"),
+    "weighting": ("Weight of noise levels in the loss", "none"),
+    "rank": ("Rank", "16"),
+    "rate_high": ("Learning rate of the high expert", "0.001"),
+    "rate_low": ("Learning rate of the low expert", "0.001"),
+    "experts": ("Which experts are trained", "both"),
+    "dropout": ("Share of dropped captions", "0.1"),
+    "ema": ("Average of the weights", "live"),
 }
 Line = dict
 Figure = Callable[[Line], float]
 
 
-def even_loss(expert: str) -> Figure:
-    """Held-out loss with all noise levels of the expert alike, whatever the law that has bins."""
+def loss(expert: Expert) -> Figure:
+    """Held-out loss under the demo's law, of which bins have equal shares."""
+    return lambda line: statistics.fmean(line["heldout"][expert])
+
+
+def even_loss(expert: Expert) -> Figure:
+    """Held-out loss with all noise levels of the expert alike: bins count by their widths."""
 
     def figure(line: Line) -> float:
-        of = line["heldout"][expert]
-        widths = [after - before for before, after in pairwise(of["edges"])]
-        return sum(w * loss for w, loss in zip(widths, of["bins"], strict=True)) / sum(widths)
+        bins = line["heldout"][expert]
+        own = expert_range(VARIANTS["tiny"].boundary, expert)
+        widths = bin_edges(Setting().law(), own, len(bins)).diff().tolist()
+        return statistics.fmean(bins, widths)
 
     return figure
 
 
 COLUMNS: dict[str, tuple[Figure, float, int]] = {  # figure, factor, decimals
-    "high, held out": (lambda line: line["heldout"]["high"]["mean"], 1, 4),
-    "low, held out": (lambda line: line["heldout"]["low"]["mean"], 1, 4),
+    "high, held out": (loss("high"), 1, 4),
+    "low, held out": (loss("low"), 1, 4),
     "high, all sigma alike": (even_loss("high"), 1, 4),
     "low, all sigma alike": (even_loss("low"), 1, 4),
     "zorbi seen, %": (lambda line: line["score"]["concept"], 100, 1),
-    "zorbi unasked, %": (lambda line: line["score"]["concept_unasked"], 100, 1),
+    "zorbi unasked, %": (lambda line: line["score"]["unasked"], 100, 1),
     "world's shape right, %": (lambda line: line["score"]["shape"], 100, 1),
 }
 EVEN = ("sigma", "weighting", "draws")  # factors for which the law that measures matters
@@ -69,24 +65,26 @@ def tables(lines: Sequence[Line]) -> str:
             runs[line["choice"]][line["seed"]] = line
     if DEFAULT.name not in runs:
         raise SystemExit("error: there are no results of the default yet; `run` makes them")
-    parts = [
-        _factor_table(factor, title, runs)
-        for factor, title in FACTORS.items()
-        if any(line["factor"] == factor for of in runs.values() for line in of.values())
-    ]
+    found = {_factor(choice) for choice in runs}
+    parts = [_factor_table(factor, runs) for factor in FACTORS if factor in found]
     spreads = [line for line in lines if line["kind"] == "spread"]
     return "\n\n".join([*parts, *([_spread_table(spreads)] if spreads else [])])
 
 
-def _factor_table(factor: str, title: str, runs: dict[str, dict[int, Line]]) -> str:
+def _factor(choice: str) -> str:
+    return choice.partition("=")[0]
+
+
+def _factor_table(factor: str, runs: dict[str, dict[int, Line]]) -> str:
     """The default first, then each value with its difference to the default."""
+    title, default_value = FACTORS[factor]
     names = [name for name in COLUMNS if factor in EVEN or "alike" not in name]
     default = runs[DEFAULT.name]
-    rows = [f"**{DEFAULT_VALUES[factor]}** (the demo's) | " + " | ".join(_own(default, names))]
-    for of in runs.values():
-        first = next(iter(of.values()))
-        if first["factor"] == factor:
-            rows.append(f"{first['value']} | " + " | ".join(_against(of, default, names)))
+    rows = [f"**{default_value}** (the demo's) | " + " | ".join(_own(default, names))]
+    for choice, of in runs.items():
+        if _factor(choice) == factor:
+            value = choice.partition("=")[2]
+            rows.append(f"{value} | " + " | ".join(_against(of, default, names)))
     head = f"| {title} | " + " | ".join(names) + " |"
     return "\n".join([head, "|---" * (len(names) + 1) + "|", *(f"| {row} |" for row in rows)])
 
@@ -113,7 +111,7 @@ def _against(of: dict[int, Line], default: dict[int, Line], names: Sequence[str]
             for seed, value in zip(seeds, values, strict=True)
         ]
         change, error = mean_and_error(differences)
-        told = f"{change:+.{decimals}f} ± {error:.{decimals}f}"
+        told = f"{round(change, decimals) + 0.0:+.{decimals}f} ± {error:.{decimals}f}"
         told = f"**{told}**" if is_clear(change, error, len(seeds)) else told
         cells.append(f"{statistics.fmean(values):.{decimals}f} ({told})")
     return cells

@@ -18,7 +18,6 @@ from tools.learning_runs import (
     DRAWS,
     Run,
     Stage,
-    binned_uniforms,
     draw_levels,
     draw_samples,
     errors,
@@ -109,7 +108,7 @@ def _heldout(stage: Stage, repeats: Repeats) -> list[float]:
     """Variance of the held-out loss when all its draws are others, drawn in each way."""
     law, count = Setting().law(), BINS * DRAWS
     ways = (
-        binned_uniforms,
+        lambda s, _: flow.binned_uniforms(s, BINS, DRAWS),
         lambda s, n: flow.uniforms(s, 0, n, low_discrepancy=True),
         lambda s, n: flow.uniforms(s, 0, n, low_discrepancy=False),
     )

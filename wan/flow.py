@@ -164,6 +164,17 @@ def uniforms(seed: int, first: int, count: int, low_discrepancy: bool) -> Tensor
     return torch.tensor([((word >> 12) + 0.5) / 2**52 for word in words], dtype=torch.float64)
 
 
+def binned_uniforms(seed: int, bins: int, draws: int) -> Tensor:
+    """(draws * bins,) numbers in (0, 1): in each draw one for each of the equal bins, in order.
+
+    Within a bin they are spread evenly over the draws; a draw is the same however many follow.
+    """
+    # One sequence through all bins would come back to each at almost the same place.
+    each = [uniforms(mix_seed(seed, "bin", number), 0, draws, True) for number in range(bins)]
+    within = torch.stack(each, dim=1)  # (draws, bins)
+    return ((torch.arange(bins) + within) / bins).flatten()
+
+
 def noise_like(shape: Sequence[int], seed: int, place: int | str) -> Tensor:
     """N(0, 1) of `shape`, fp32 on the CPU: a function of (seed, place), whatever the device."""
     generator = torch.Generator().manual_seed(mix_seed(seed, place))
