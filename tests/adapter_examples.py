@@ -4,7 +4,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
-from wan.lora import target_modules
+from wan.adapter_choices import target_modules
 from wan.lora_metadata import AdapterInfo
 from wan.variants import VARIANTS
 

@@ -10,8 +10,8 @@ from adapter_examples import INFO
 from safetensors.torch import save_file
 from torch import Tensor
 
+from wan.adapter_choices import BLOCK_LINEARS, target_modules
 from wan.adapter_names import diffusers_name, stem_of
-from wan.lora import BLOCK_LINEARS, target_modules
 from wan.lora_format import export_adapter
 from wan.variants import TINY, VARIANTS, Expert
 

@@ -1,8 +1,7 @@
 """What the fuzz tests share: how many cases they try, ways to damage a file, and what is allowed.
 
 `WAN_LORA_FUZZ=10000 pytest tests/test_*fuzz*.py` tries 10,000 cases of each subject, within half
-an hour (last done on 2026-11-23, but for the 2,500 YAML files); the default takes seconds. The
-same cases are drawn each time.
+an hour (last done on 2026-11-24); the default takes seconds. The same cases are drawn each time.
 """
 
 import os

@@ -52,11 +52,22 @@ def look_at(folder: Path, cache: Path) -> None:
             json.loads(path.read_text())
 
 
+def moment(folder: Path, cache: Path) -> str:
+    """What a run was at when it was killed, by what it had not finished."""
+    unfinished = {
+        "export": folder.glob(".*.safetensors.*"),
+        "save": folder.glob("checkpoints/.step_*"),
+        "cache": cache.glob("*/*/.*"),
+        "render": folder.glob("samples/**/.*"),
+    }
+    return next((name for name, files in unfinished.items() if any(files)), "between writes")
+
+
 def main(home: Path, model: Path, reference: Path, kills: int, seed: int) -> None:
     """Kill so many times; see the module."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     random, longest = Random(seed), 4.0
-    seen = {"kills": 0, "finished": 0, "resumed_after": []}
+    seen = {"kills": 0, "finished": 0, "resumed_after": [], "moments": []}
     number = 0
     while seen["kills"] < kills or seen["finished"] == 0:
         cache = home / f"cache_{number}"
@@ -71,6 +82,7 @@ def main(home: Path, model: Path, reference: Path, kills: int, seed: int) -> Non
         look_at(folder, cache)
         if os.WIFSIGNALED(status):
             seen["kills"] += 1
+            seen["moments"].append(moment(folder, cache))
             saved = len(checkpoints_in(folder / "checkpoints"))
             if [saved] == seen["resumed_after"][-1:]:
                 longest *= 2  # a busy machine: no kill would come after a save

@@ -10,9 +10,9 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wan.adapter_kinds import Kind
+from wan.adapter_choices import Kind, target_modules
 from wan.frozen_linear import FrozenLinear
-from wan.lora import adapter_layers, adapter_parameters, attach, target_modules
+from wan.lora import adapter_layers, adapter_parameters, attach
 from wan.quantise import quantise_blocks
 from wan.quantised_weight import FrozenFormat
 from wan.strengths import load_adapter, set_strengths, without_adapter

@@ -15,7 +15,7 @@ from wan.adapter_layouts import pair_of, read_any
 from wan.adapter_names import Layout, diffusers_name, read_stem, stem_of
 from wan.adapter_values import Factors
 from wan.adapter_writing import write_layout
-from wan.checkpoints import ModelError
+from wan.headers import ModelError
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 Q, FFN_UP = "blocks.0.self_attn.q", "blocks.1.ffn.0"

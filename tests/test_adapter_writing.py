@@ -21,7 +21,7 @@ from wan.adapter_layouts import read_any
 from wan.adapter_names import Layout, diffusers_name
 from wan.adapter_values import Factors
 from wan.adapter_writing import write_layout
-from wan.checkpoints import ModelError
+from wan.headers import ModelError
 from wan.lora import adapter_layers
 from wan.lora_format import export_adapter
 from wan.safetensors_writer import file_hashes

@@ -15,6 +15,7 @@ from torch import Tensor, distributed
 from tests.conftest import TEXT_DIM, toy_transformer
 from tests.processes import run_processes
 from wan import lora
+from wan.adapter_choices import target_modules
 from wan.context import (
     Context,
     context_of,
@@ -53,7 +54,7 @@ def adapted_transformer() -> WanTransformer3DModel:
             text_dim=TEXT_DIM,
             rope_max_seq_len=64,
         )
-    lora.attach(transformer, 4, 4.0, lora.target_modules("all"), dropout=0.0, seed=0)
+    lora.attach(transformer, 4, 4.0, target_modules("all"), dropout=0.0, seed=0)
     for place, parameter in enumerate(lora.adapter_parameters(transformer)):
         parameter.data.add_(noise_like(parameter.shape, 1, place), alpha=0.1)
     return transformer.train()

@@ -49,6 +49,9 @@ def mistake(arguments: str) -> str:
         ("experts=[low] preview.grid=true", ["preview.grid is true", "one expert alone"]),
         ("optim=muon lora.kind=dora", ["torch.optim.Muon", "lora.kind=dora"]),
         ("lora.ema=0.9 optim=schedulefree", ["lora.ema is 0.9", "optim.name"]),
+        ("speed.placement=shard speed.frozen=fp8", ["placement is shard", "frozen is fp8"]),
+        ("speed.placement=shard launch=experts", ["placement is shard", "launch is experts"]),
+        ("speed.placement=shard lora.kind=dora", ["placement is shard", "kind is dora"]),
     ],
 )
 def test_a_contradiction_is_told_with_both_keys(arguments: str, both: list[str]) -> None:

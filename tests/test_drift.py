@@ -14,9 +14,10 @@ from tests.toy_runs import encoded_clips, make_image, silent
 from train.drift import DriftPlan, plan_drift, prior_drift
 from train.running_loss import RunningLoss
 from train.validate import HeldoutPlan, fixed_choice, plan_checks
+from wan.adapter_choices import target_modules
 from wan.checkpoints import ModelPaths, find_model, load_transformer
 from wan.flow import TimestepLaw, bin_of, uniforms
-from wan.lora import adapter_parameters, attach, target_modules
+from wan.lora import adapter_parameters, attach
 from wan.strengths import set_strengths
 from wan.variants import variant
 
@@ -75,9 +76,26 @@ def test_drift_is_asked_with_the_prompts_that_are_given(
     assert again == other  # zeros are what prompts are padded with
 
 
+def test_the_base_is_asked_once(toy_model: Path, clips: EncodedClips) -> None:
+    transformer, plan = adapted(toy_model, 0.2), DriftPlan(plan_of(clips), [])
+    forwards: list[int] = []
+    transformer.register_forward_pre_hook(lambda _, inputs: forwards.append(len(inputs)))
+    counts, drifts = [], []
+    for strength in (1.0, 0.5, 1.0):
+        set_strengths(transformer, {"default": strength})
+        drifts.append(prior_drift(transformer, "low", TINY, plan, silent))
+        counts.append(len(forwards))
+    assert counts == [2 * counts[0] // 2, 3 * counts[0] // 2, 4 * counts[0] // 2]
+    assert drifts[0] == drifts[2]
+    afresh = prior_drift(transformer, "low", TINY, DriftPlan(plan_of(clips), []), silent)
+    assert afresh == drifts[0]
+    assert prior_drift(transformer, "high", TINY, plan, silent) != drifts[0]  # an expert's own
+
+
 def test_drift_is_over_the_velocity_of_the_base(toy_model: Path, clips: EncodedClips) -> None:
     transformer, plan = adapted(toy_model, 0.2), DriftPlan(plan_of(clips), [])
     drift = prior_drift(transformer, "low", TINY, plan, silent)
+    plan.base.clear()  # it will be another
     with torch.no_grad():
         transformer.proj_out.weight.mul_(8)  # adapters are inside of blocks: both are scaled
         transformer.proj_out.bias.mul_(8)

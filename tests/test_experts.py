@@ -7,9 +7,10 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
+from wan.adapter_choices import target_modules
 from wan.checkpoints import ModelPaths, find_model, load_transformer
 from wan.experts import Experts, base_only, load_experts
-from wan.lora import adapter_parameters, adapter_state, attach, target_modules
+from wan.lora import adapter_parameters, adapter_state, attach
 from wan.variants import EXPERTS, Expert
 
 CPU = torch.device("cpu")

@@ -3,6 +3,7 @@
 import csv
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from wan import footprint
 from wan.footprint import GIB, Load
 from wan.key_names import transformer_config
+from wan.quantised_weight import FrozenFormat
 from wan.speed import KEEPS, Keep
 from wan.variants import A14B, VARIANTS
 
@@ -27,13 +29,15 @@ def predicted(row: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> float:
     tokens = footprint.tokens_of(shape)
     monkeypatch.setattr(footprint, "FFN_TOKENS", int(row["parts"]) or tokens)
     config = transformer_config(replace(variant, transformer=facts))
-    frozen = "fp8" if row["frozen"] == "fp8" else None
+    frozen = cast("FrozenFormat | None", row["frozen"] or None)
     weights = footprint.weights_of_config(config, torch.bfloat16, frozen)
-    kinds: tuple[Keep, ...] = ("attention", "products", "everything", "nothing")
-    keep: list[Keep] = [kind for kind in kinds for _ in range(int(row[kind]))]
+    kinds: tuple[Keep, ...] = ("attention", "products", "everything", "nothing", "host")
+    keep: list[Keep] = [kind for kind in kinds for _ in range(int(row[kind] or 0))]
     load = Load(facts, tokens, 1, 16, frozen, compiled=not row["eager"])
-    adapters = 4 * facts.layers * 16 * (18 * facts.dim + 2 * facts.ffn_dim)
-    resting = weights.whole + adapters + footprint.BESIDE
+    adapters = facts.layers * 16 * (18 * facts.dim + 2 * facts.ffn_dim)
+    adapters *= footprint.TRAINED if row["placement"] else 4
+    resting = footprint.resting_bytes([weights], row["placement"] or "resident")
+    resting += adapters + footprint.BESIDE
     return (resting + footprint.activation_bytes(load, keep)) / GIB
 
 

@@ -159,6 +159,8 @@ def test_what_hydra_has_no_error_for_is_one_sentence(capsys: pytest.CaptureFixtu
         ("lora.rank_pattern=${seed}", "lora.rank_pattern is ${seed}: expected dict[str, int]"),
         ("lora.rank_pattern=${high}", "lora.rank_pattern is ${high}: expected"),
         ("optim.args=${lora}", "optim.args is ${lora}: expected dict[str"),
+        ("optim.args.betas=${lora}", "optim.args.betas is ${lora}, but what an optimizer takes"),
+        ("+optim.args.x={a: ['${lora}']}", "optim.args.x is {'a': ['${lora}']}, but"),
         ("data.mix=${seed}", "data.mix is ${seed}: expected dict[str"),
         ("preview.prompts=${seed}", "preview.prompts is ${seed}: expected list[str]"),
         ("experts=${name}", "experts is ${name}: expected list[str]"),

@@ -6,15 +6,9 @@ from adapter_examples import tiny_transformer
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
 from train.health import adapter_health, singular_values, spread, summarised
-from wan.adapter_kinds import KINDS, Kind, plain_factors, weight_change
-from wan.lora import (
-    ADAPTER,
-    adapter_layers,
-    adapter_parameters,
-    adapter_state,
-    attach,
-    target_modules,
-)
+from wan.adapter_choices import KINDS, Kind, target_modules
+from wan.adapter_kinds import plain_factors, weight_change
+from wan.lora import ADAPTER, adapter_layers, adapter_parameters, adapter_state, attach
 
 RANK, ALPHA = 4, 6
 

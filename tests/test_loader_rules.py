@@ -15,9 +15,10 @@ from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
 from wan.adapter_check import check_adapter
+from wan.adapter_choices import BLOCK_LINEARS
 from wan.adapter_names import diffusers_name
 from wan.loader_rules import LOADERS, Feature, Outcome
-from wan.lora import BLOCK_LINEARS, adapter_layers
+from wan.lora import adapter_layers
 from wan.variants import TINY
 
 HALF = RANK / 2

@@ -4,15 +4,14 @@ from adapter_examples import predict, random_state, tiny_transformer
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
+from wan.adapter_choices import BLOCK_LINEARS, target_modules
 from wan.lora import (
-    BLOCK_LINEARS,
     adapter_layers,
     adapter_parameters,
     adapter_state,
     attach,
     delta_norms,
     load_adapter_state,
-    target_modules,
 )
 from wan.strengths import adapter_strengths, load_adapter, set_strengths, without_adapter
 

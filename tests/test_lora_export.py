@@ -18,7 +18,8 @@ from test_tools_lora import run
 from tests.resumable_runs import config_of, make_data
 from tests.resumable_runs import run as train
 from train.checkpoint import write_checkpoint
-from wan.adapter_kinds import KINDS, Kind, base_linear
+from wan.adapter_choices import KINDS, Kind
+from wan.adapter_kinds import base_linear
 from wan.adapter_layouts import read_any
 from wan.adapter_names import diffusers_name, read_stem
 from wan.lora import adapter_layers, adapter_state, finished_state

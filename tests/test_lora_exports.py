@@ -14,7 +14,8 @@ from test_lora_kinds import ALPHA, RANK, seen_change, trained
 from torch import Tensor
 
 from wan.adapter_check import check_adapter
-from wan.adapter_kinds import KINDS, Kind, base_linear, weight_change
+from wan.adapter_choices import KINDS, Kind, module_ranks, target_modules
+from wan.adapter_kinds import base_linear, weight_change
 from wan.adapter_layouts import read_any
 from wan.adapter_names import diffusers_name, read_stem
 from wan.adapter_writing import write_layout
@@ -28,12 +29,10 @@ from wan.lora import (
     adapter_state,
     attach,
     finished_state,
-    module_ranks,
-    target_modules,
 )
 from wan.lora_format import export_adapter, read_adapter
 from wan.reload import TOLERANCE, reload_errors
-from wan.strengths import load_adapter
+from wan.strengths import load_adapter, set_strengths
 from wan.variants import VARIANTS
 
 
@@ -65,17 +64,45 @@ def comfy_change(tensors: dict[str, Tensor], stem: str, weight: Tensor) -> Tenso
     return (weight + product) * (part["dora_scale"] / norm) - weight
 
 
+def official(module: str) -> str:
+    """The official name of a diffusers module."""
+    found = read_stem(module)
+    assert found is not None
+    return found[1]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_comfyui_makes_of_a_file_exactly_what_was_trained(tmp_path: Path, kind: Kind) -> None:
     transformer = trained(kind)
     tensors = load_file(exported(tmp_path, transformer, kind))
     assert not any(name.endswith(".alpha") for name in tensors)
     for module, layer in adapter_layers(transformer).items():
-        found = read_stem(module)
-        assert found is not None
         weight = base_linear(layer).weight.detach()
-        read = comfy_change(tensors, f"diffusion_model.{found[1]}", weight)
+        read = comfy_change(tensors, f"diffusion_model.{official(module)}", weight)
         torch.testing.assert_close(read, seen_change(layer), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dora_is_put_on_from_its_file_at_any_strength(tmp_path: Path, dtype: torch.dtype) -> None:
+    """ComfyUI's arithmetic: strength times all that it changes in a weight."""
+    transformer = trained("dora", dtype)
+    path = exported(tmp_path, transformer, "dora")
+    other = tiny_transformer().to(dtype).requires_grad_(False)  # pyright: ignore[reportArgumentType]
+    load_adapter(other, read_adapter(path)[0], "fox")
+    tolerance = 1e-3 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(predict(other), predict(transformer), rtol=tolerance, atol=tolerance)
+    assert not any(parameter.requires_grad for parameter in other.parameters())
+    if dtype == torch.float32:
+        tensors = load_file(path)
+        for strength in (1.0, 0.5, 1.2):
+            set_strengths(other, {"fox": strength})
+            for module, layer in adapter_layers(other, "fox").items():
+                stem, weight = f"diffusion_model.{official(module)}", base_linear(layer).weight
+                told = strength * comfy_change(tensors, stem, weight)
+                torch.testing.assert_close(seen_change(layer), told, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(weight_change(layer, "fox"), told, rtol=1e-4, atol=1e-5)
+    set_strengths(other, {"fox": 0.0})
+    assert torch.equal(predict(other), predict(tiny_transformer().to(dtype)))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dora"])
@@ -85,9 +112,9 @@ def test_a_file_is_read_as_the_plain_lora_that_it_equals(tmp_path: Path, kind: K
     modules = read_any(path).modules
     layers = adapter_layers(transformer)
     assert {diffusers_name(official) for official in modules} == set(layers)
-    for official, factors in modules.items():
+    for module, factors in modules.items():
         change = factors.scale * factors.b @ factors.a
-        expected = seen_change(layers[diffusers_name(official)])
+        expected = seen_change(layers[diffusers_name(module)])
         torch.testing.assert_close(change, expected, rtol=1e-4, atol=1e-5)
     state, _, _ = read_adapter(path)
     load_adapter(other := tiny_transformer(), state, "fox")

@@ -9,7 +9,7 @@ from adapter_examples import ALPHA, FFN, INFO, RANK, WIDTH, random_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wan.checkpoints import ModelError
+from wan.headers import ModelError
 from wan.lora_format import export_adapter, read_adapter, to_comfy
 from wan.safetensors_writer import write_safetensors
 

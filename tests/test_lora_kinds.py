@@ -8,7 +8,8 @@ from peft.tuners.lokr.layer import Linear as PeftLokr
 from peft.tuners.lora.layer import Linear as PeftLora
 from torch import Tensor, nn
 
-from wan.adapter_kinds import KINDS, Kind, base_linear, kron_sides, weight_change
+from wan.adapter_choices import KINDS, Kind, module_ranks, target_modules
+from wan.adapter_kinds import base_linear, kron_sides, weight_change
 from wan.lora import (
     ADAPTER,
     adapter_layers,
@@ -17,9 +18,7 @@ from wan.lora import (
     attach,
     delta_norms,
     load_adapter_state,
-    module_ranks,
     named_adapter_parameters,
-    target_modules,
 )
 from wan.strengths import without_adapter
 

@@ -23,7 +23,8 @@ from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import Tensor
 
-from wan.lora import adapter_layers, attach, load_adapter_state, target_modules
+from wan.adapter_choices import target_modules
+from wan.lora import adapter_layers, attach, load_adapter_state
 from wan.lora_format import ExportedFile, export_adapter, to_comfy
 from wan.lora_metadata import metadata
 from wan.safetensors_writer import data_sha256, serialised

@@ -6,7 +6,7 @@ from importlib.metadata import version
 import pytest
 from adapter_examples import INFO
 
-from wan.checkpoints import ModelError
+from wan.headers import ModelError
 from wan.lora_metadata import metadata
 from wan.variants import VARIANTS, Expert
 

@@ -29,7 +29,7 @@ from train.config import Config
 from train.preview import PreviewPlan, Shot, save_samples
 from train.rules import ConfigError
 from train.run_folder import write_summary
-from wan.checkpoints import ModelError
+from wan.headers import ModelError
 from wan.lora_format import export_adapter
 from wan.safetensors_writer import file_hashes
 from wan.sampler import SampleSettings

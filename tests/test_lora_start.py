@@ -14,13 +14,14 @@ from train.config import Config
 from train.encode import model_paths
 from train.rules import ConfigError
 from train.start import begin, plan_starts
-from wan.adapter_kinds import Kind, weight_change
+from wan.adapter_choices import BLOCK_LINEARS, Kind
+from wan.adapter_kinds import weight_change
 from wan.adapter_layouts import read_any
 from wan.adapter_names import Layout, diffusers_name
 from wan.adapter_values import Factors
 from wan.adapter_writing import write_layout
 from wan.checkpoints import find_model, load_transformer
-from wan.lora import ADAPTER, BLOCK_LINEARS, adapter_layers, attach
+from wan.lora import ADAPTER, adapter_layers, attach
 from wan.lora_format import export_adapter
 from wan.variants import VARIANTS
 

@@ -15,9 +15,7 @@ from tests.resumable_runs import assert_same_run, config_of, make_data, run
 from tests.toy_runs import make_image
 from train.checkpoint import checkpoints_in, step_of
 from train.errors import clear_errors
-from train.learner import TrainingStopped
-from train.out_of_memory import MemoryFull
-from train.rules import ConfigError
+from train.rules import ConfigError, MemoryFull, TrainingStopped
 
 SIZES = ["data.height=64", "data.width=96", "preview.prompts=[]", "checkpoint.every=0"]
 SMALL, LARGE = (4, 6), (8, 12)  # of latents
@@ -141,6 +139,30 @@ def test_full_memory_while_loading_is_told_so(home: Path, toy_model: Path) -> No
         patch.setattr(torch.optim.AdamW, "__init__", make)
         with pytest.raises(TrainingStopped, match="is full, while loading, which is predicted"):
             run(config_of(home, toy_model, "loaded", *SIZES))
+
+
+def test_no_room_for_what_an_optimizer_remembers_loses_no_step_of_the_other_expert(
+    home: Path, toy_model: Path, whole: Path
+) -> None:
+    """High has done three steps when low takes its first, and half of it is done."""
+    stepped, calls = torch.optim.AdamW.step, []
+
+    @wraps(stepped)
+    def step(optimizer: torch.optim.AdamW) -> None:
+        calls.append(optimizer)
+        stepped(optimizer)
+        if len(calls) > 2 and optimizer is not calls[-2]:  # the first are those of the check
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    config = config_of(home, toy_model, "optimizer", *SIZES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        with pytest.raises(TrainingStopped, match="is full, in step 4: "):
+            run(config)
+    (saved,) = checkpoints_in(Path(config.output_dir) / "checkpoints")
+    assert step_of(saved) == 3
+    run(config)
+    assert_same_run(Path(config.output_dir), whole)
 
 
 def test_of_several_processes_the_one_whose_memory_is_full_says_so(

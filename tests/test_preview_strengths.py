@@ -21,16 +21,10 @@ from train.config import PreviewConfig
 from train.few_step import FEW_STEP, at_strengths, few_step_files
 from train.preview import PreviewPlan, Shot, plan_previews, render, save_samples
 from train.rules import ConfigError
+from wan.adapter_choices import target_modules
 from wan.checkpoints import ModelPaths, find_model, load_vae
 from wan.experts import Experts, load_experts
-from wan.lora import (
-    ADAPTER,
-    adapter_layers,
-    adapter_parameters,
-    attach,
-    lora_layers,
-    target_modules,
-)
+from wan.lora import ADAPTER, adapter_layers, adapter_parameters, attach, lora_layers
 from wan.sampler import distilled
 from wan.strengths import adapter_strengths
 from wan.variants import EXPERTS, Expert, variant

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from tests.toy_runs import batch_of
 from train.step import draw_noise, velocity_error
+from wan.adapter_choices import BLOCK_LINEARS, target_modules
 from wan.checkpoints import ModelPaths, find_model, load_transformer
 from wan.experts import load_experts
 from wan.flow import TimestepLaw, expert_range
 from wan.frozen_linear import FrozenLinear
 from wan.headers import ModelError
-from wan.lora import BLOCK_LINEARS, adapter_parameters, attach, target_modules
+from wan.lora import adapter_parameters, attach
 from wan.quantise import quantise_blocks
 from wan.quantised_weight import ROWS, FrozenFormat, pack
 from wan.speed import Keep, blocks_of, prepare_blocks

@@ -10,9 +10,10 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from wan.adapter_choices import target_modules
 from wan.checkpoints import ModelPaths, find_model
 from wan.experts import Experts, load_experts
-from wan.lora import adapter_layers, adapter_parameters, adapter_state, attach, target_modules
+from wan.lora import adapter_layers, adapter_parameters, adapter_state, attach
 from wan.lora_format import export_adapter
 from wan.reload import TOLERANCE, reload_errors
 from wan.speed import blocks_of, prepare_blocks

@@ -14,8 +14,8 @@ import pytest
 
 from tests.resumable_runs import assert_same_run, config_of, figures, left_after, make_data, run
 from train.checkpoint import checkpoints_in, step_of
-from train.learner import TrainingStopped
 from train.metrics_file import MetricsFile
+from train.rules import TrainingStopped
 
 PLAIN = ["preview.prompts=[]", "eval.every=0", "tracking.log_every=1"]
 

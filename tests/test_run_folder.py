@@ -114,6 +114,8 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again_in_its_folder
     assert found["dropped"] == [{"name": "a.png", "reason": "is empty"}]
     for name in (".dataset.json.partial", "report.html", "metrics.jsonl"):
         (folder / name).write_text("")
+    (folder / "samples").mkdir()
+    (folder / "samples" / ".base.safetensors.7.tmp").write_text("killed while this was written")
     open_run_folder(config, Accelerator())
     assert [path.name for path in folder.parent.iterdir()] == ["toy"]
     (folder / "evaluation").mkdir()  # somebody made it of this run
@@ -121,8 +123,19 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again_in_its_folder
     assert sorted(path.name for path in folder.parent.iterdir()) == ["toy", "toy-1"]
 
 
+def test_a_run_that_was_killed_before_it_wrote_its_settings_begins_in_its_folder(
+    tmp_path: Path,
+) -> None:
+    config = config_of(tmp_path)
+    Path(config.output_dir).mkdir(parents=True)
+    folder = open_run_folder(config, Accelerator()).path
+    assert [path.name for path in folder.parent.iterdir()] == ["toy"]
+
+
 def test_a_taken_name_is_passed_over(tmp_path: Path) -> None:
-    (tmp_path / "out" / "toy").mkdir(parents=True)
+    folder = tmp_path / "out" / "toy"
+    (folder / "evaluation").mkdir(parents=True)
+    (folder / "config.yaml").touch()
     (tmp_path / "out" / "toy-1").write_text("a file of the user's")
     open_run_folder(config_of(tmp_path), Accelerator())
     assert (tmp_path / "out" / "toy-1").read_text() == "a file of the user's"

@@ -1,5 +1,7 @@
 """A base of which each process holds a share: the numbers of one process, less memory."""
 
+from functools import partial
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -12,10 +14,19 @@ from torch.distributed.tensor import DTensor
 from tests.block_examples import loss_and_gradients, same, streaming_transformer, velocity
 from tests.conftest import toy_transformer
 from tests.processes import run_processes
-from wan.lora import adapter_state, load_adapter_state, named_adapter_parameters
+from wan.checkpoints import ModelPaths, find_model
+from wan.experts import load_experts
+from wan.lora import (
+    adapter_parameters,
+    adapter_state,
+    attach,
+    load_adapter_state,
+    named_adapter_parameters,
+)
 from wan.quantise import quantise_blocks
-from wan.sharding import shard_blocks
+from wan.sharding import passes_with, shard_blocks
 from wan.speed import Keep, blocks_of, prepare_blocks
+from wan.transformer import TEXT_LEN, predict_velocity
 
 KEPT: tuple[Keep, ...] = ("everything", "attention", "nothing", "host")  # by block
 
@@ -90,6 +101,49 @@ def test_each_process_holds_its_share_between_passes(seen: list[dict[str, Tensor
 def test_adapters_are_whole_on_each_process(seen: list[dict[str, Tensor]]) -> None:
     """Saved and loaded as on one."""
     assert all(process["adapter_is_whole"] and process["moved"] for process in seen)
+
+
+def load_and_compare(folder: Path) -> dict[str, Tensor]:
+    """A pair that is read into shares, and its adapter attached to these, beside a whole one."""
+    model = find_model(ModelPaths(str(folder)), "tiny")
+    cpu = torch.device("cpu")
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    whole = load_experts(model, torch.float32, cpu)
+    shared = load_experts(model, torch.float32, cpu, "shard", mesh=mesh)
+    outputs, shares, together = [], [], []
+    for experts in (whole, shared):
+        low = experts["low"]
+        attach(low, 2, 2.0, ["attn1.to_q", "ffn.net.2"], 0.0, 0)
+        for parameter in adapter_parameters(low):
+            torch.nn.init.constant_(parameter, 0.1)
+        prepare_blocks(low, ("nothing",) * len(blocks_of(low)), compiled=False, device=cpu)
+        outputs.append(toy_output(low))
+        shares.append(torch.tensor([sum(map(bytes_here, frozen(experts[e]))) for e in experts]))
+        others = passes_with(low)
+        together.append(torch.tensor(1 if others is None else others.size))
+    return {
+        "same": torch.tensor(torch.equal(*outputs)),
+        "shares": torch.stack(shares),
+        "together": torch.stack(together),
+    }
+
+
+def toy_output(transformer: WanTransformer3DModel) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 16, 1, 4, 6, generator=generator)
+    text = torch.randn(1, TEXT_LEN, transformer.config["text_dim"], generator=generator)
+    with torch.no_grad():
+        return predict_velocity(transformer, x, torch.tensor([500.0]), text)
+
+
+def test_a_pair_is_read_into_shares(toy_model: Path, tmp_path: Path) -> None:
+    seen = run_processes(partial(load_and_compare, toy_model), 2, tmp_path)
+    for process in seen:
+        assert process["same"]
+        assert process["together"].tolist() == [1, 2]
+        whole, share = process["shares"]
+        assert (share < 0.55 * whole).all()
+    assert torch.equal(seen[0]["shares"][1] + seen[1]["shares"][1], seen[0]["shares"][0])
 
 
 def test_a_packed_base_is_refused() -> None:

@@ -13,6 +13,7 @@ from data.batches import Batch
 from tests.toy_runs import batch_of
 from train.step import NoiseDraw, draw_noise, velocity_error
 from wan import lora
+from wan.adapter_choices import target_modules
 from wan.checkpoints import ModelPaths, find_model, load_transformer
 from wan.flow import TimestepLaw, expert_range
 from wan.transformer import TEXT_LEN, TEXT_PART, sinusoid
@@ -243,7 +244,7 @@ def test_samples_of_a_batch_have_masks_of_their_own(transformer: WanTransformer3
 def test_the_host_never_waits_for_the_device_within_a_step(toy_model: Path) -> None:
     folder = find_model(ModelPaths(str(toy_model)), "tiny")
     transformer = load_transformer(folder, "high", torch.bfloat16, "cuda")
-    lora.attach(transformer, 4, 4.0, lora.target_modules("all"), 0.0, seed=0)
+    lora.attach(transformer, 4, 4.0, target_modules("all"), 0.0, seed=0)
     batch = batch_of(random(2, *SHAPE[1:]), [random(3, 32), random(5, 32)])
     for mode in ("default", "error"):  # the first pass makes handles and picks kernels
         torch.cuda.set_sync_debug_mode(mode)

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.test_train import run
-from wan.adapter_kinds import KINDS, Kind
+from wan.adapter_choices import KINDS, Kind
 
 SETTINGS = [
     "experts=[low]",

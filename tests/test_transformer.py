@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tools.measure_precision import load_in_bf16, measure, random_inputs, random_transformer
 from wan import lora
+from wan.adapter_choices import target_modules
 from wan.flow import noise_like
 from wan.speed import prepare_blocks
 from wan.transformer import block_forward, embed_time, predict_velocity, sinusoid
@@ -50,7 +51,7 @@ def give_official_sinusoid(transformer: WanTransformer3DModel) -> None:
 
 
 def with_adapter(transformer: WanTransformer3DModel) -> WanTransformer3DModel:
-    lora.attach(transformer, 4, 4.0, lora.target_modules("all"), dropout=0.0, seed=0)
+    lora.attach(transformer, 4, 4.0, target_modules("all"), dropout=0.0, seed=0)
     for place, parameter in enumerate(lora.adapter_parameters(transformer)):
         parameter.data.add_(noise_like(parameter.shape, 1, place), alpha=0.05)
     return transformer.train()

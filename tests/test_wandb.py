@@ -1,6 +1,7 @@
 """What W&B would be sent, read back from the file of an offline run."""
 
 import json
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 
 from tests.trackers import BASE, LOSS, config_of, figures_of, learner_of, no_account
 from train.artifacts import adapter_artifact
+from train.noise_panel import noise_panel
 from train.preview import Shot
 from train.tracking import Tracker
 from train.wandb_file import BLOCK, history, logged, records
@@ -90,6 +92,34 @@ def test_heat_maps_of_the_noise_bins_lie_beside_the_figures(tmp_path: Path) -> N
     assert after["throughput/mfu"] == pytest.approx(2 * 0.5 / seconds)
 
 
+def test_a_panel_shows_the_change_by_noise_level_of_all_steps_so_far(tmp_path: Path) -> None:
+    config = config_of(OFFLINE)
+    tracker = Tracker(config, tmp_path, speaks=True)
+    tracker.heldout(0, [BASE], [BASE])
+    tracker.heldout(2, [LOSS], [BASE])
+    saved = tracker.state()
+    tracker.finish()
+    again = Tracker(config, tmp_path, speaks=True, resumed=saved)
+    again.heldout(4, [replace(LOSS, bins=[1.0, 9.0])], [BASE])
+    again.finish()
+    told = {step: values.get("noise/change/low") for step, values in steps_of(tmp_path)}
+    assert told[0] is None
+    media = told[4]
+    assert isinstance(media, dict)
+    assert media["_type"] == "html-file"
+    page = (files_of(tmp_path)[1].parent / "files" / media["path"]).read_text()
+    cells = re.findall(r"<td.*?>(.+?)</td>", page)
+    assert cells == ["−50", "+50", "−50", "−75"]  # the noisier bin on top
+    assert re.findall(r"<th>([^<]+)</th>", page)[-3:] == ["step", "2", "4"]
+
+
+def test_a_panel_keeps_the_first_and_the_last_of_many_steps() -> None:
+    history = [(step, {"heldout_over_base/low/bin_0": -0.1}) for step in range(100)]
+    shown = re.findall(r"<th>([\d,]+)</th>", noise_panel("low", [0.0, 1.0], history))
+    assert (shown[0], shown[-1], len(shown)) == ("1", "99", 16)
+    assert noise_panel("high", [0.0, 1.0], history) == ""
+
+
 def test_samples_are_playable_videos_with_their_strengths(tmp_path: Path) -> None:
     folder = tmp_path / "samples" / "step_000004"
     folder.mkdir(parents=True)
@@ -104,7 +134,7 @@ def test_samples_are_playable_videos_with_their_strengths(tmp_path: Path) -> Non
     assert step == 4
     assert values["samples/00_grid"]["_type"] == "video-file"
     (path,) = files_of(tmp_path)[0].parent.glob("files/media/table/samples/table_*.table.json")
-    table = wandb.Table.from_json(json.loads(path.read_text()), None)
+    table = wandb.Table.from_json(json.loads(path.read_text()), None)  # pyright: ignore[reportArgumentType]
     assert table.columns == [
         "step", "checkpoint", "prompt", "seed", "strength high", "strength low", "video",
         "beside the base",

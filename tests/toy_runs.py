@@ -16,7 +16,6 @@ from data.cache import cache_latents, cache_text
 from data.files import read_files
 from data.filling import Entries, Store
 from data.items import Item
-from tests.media_files import encode
 from train.compose import compose
 from train.config import Config
 from train.dataset import Clips, plan_dataset
@@ -57,6 +56,8 @@ def make_image(path: Path, seed: int, caption: str, size: tuple[int, int] = (32,
 
 def make_video(path: Path, frames: int, caption: str, size: tuple[int, int] = (32, 48)) -> Path:
     """At 8 frames a second, the frame rate of the tiny model."""
+    from tests.media_files import encode  # needs ffmpeg: only where there are videos
+
     path.parent.mkdir(parents=True, exist_ok=True)
     encode(path, np.random.default_rng(frames).integers(0, 256, (frames, *size, 3), np.uint8))
     path.with_suffix(".txt").write_text(caption)

@@ -13,6 +13,7 @@ from train.config import ModelConfig
 from train.encode import model_paths
 from train.step import NoiseDraw, velocity_error
 from wan import lora
+from wan.adapter_choices import target_modules
 from wan.checkpoints import find_model, load_vae
 from wan.conditioning import Condition, channels_condition
 from wan.experts import load_experts
@@ -46,7 +47,7 @@ def bench_model(folder: Path, facts: Variant, shape: Shape, sample_steps: int) -
         moving = time.perf_counter()
         transformer = experts[expert]
         found |= _spent(f"{expert}_to_device", moving)
-        lora.attach(transformer, 16, 16.0, lora.target_modules("all"), 0.0, seed=0)
+        lora.attach(transformer, 16, 16.0, target_modules("all"), 0.0, seed=0)
         latent = torch.Size((1, facts.in_channels, *facts.geometry.latent_shape(*shape)[1:]))
         rows = latent[2] if facts.conditioning == "first_frame" else 1
         set_up_blocks(transformer, "auto", device.type == "cuda", latent, rows)

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wan import lora
+from wan.adapter_choices import BLOCK_LINEARS, split_module, target_modules
 from wan.compiler import graphs_compiled
 from wan.flow import timestep_of
 from wan.frozen_linear import FrozenLinear
 from wan.key_names import transformer_config
-from wan.lora import split_module
 from wan.memory import set_up_blocks
 from wan.quantised_weight import FrozenFormat, pack
 from wan.speed import Keep, blocks_of, prepare_blocks
@@ -248,7 +248,7 @@ def _error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, floa
 def reference(facts: Variant, blocks: int, device: torch.device) -> WanTransformer3DModel:
     """diffusers and PEFT: a base in bf16, adapters in fp32, all of each block computed twice."""
     model = random_transformer(facts, blocks, torch.bfloat16, device)
-    names = [f"blocks.{i}.{name}" for i in range(blocks) for name in lora.BLOCK_LINEARS]
+    names = [f"blocks.{i}.{name}" for i in range(blocks) for name in BLOCK_LINEARS]
     model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -275,7 +275,7 @@ def adapted(
 ) -> WanTransformer3DModel:
     """Our transformer, with the numbers of the reference in its weights and adapters."""
     model = random_transformer(facts, blocks, dtype, device, frozen)
-    targets = lora.target_modules("all")
+    targets = target_modules("all")
     lora.attach(model, RANK, float(RANK), dict.fromkeys(targets, RANK), 0.0, seed=0)
     _fill_adapters(model)
     return model.train()

@@ -30,6 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 
 from wan import lora
+from wan.adapter_choices import target_modules
 from wan.key_names import transformer_config
 from wan.pinned import SideStream, lock_in_memory
 from wan.quantise import quantise_blocks
@@ -184,7 +185,7 @@ def random_blocks(settings: Settings) -> WanTransformer3DModel:
             parameter.normal_(std=0.02)
     if settings.fp8:
         quantise_blocks(model, "fp8")
-    lora.attach(model, 16, 16.0, lora.target_modules("all"), 0.0, seed=0)
+    lora.attach(model, 16, 16.0, target_modules("all"), 0.0, seed=0)
     with torch.no_grad():
         for parameter in lora.adapter_parameters(model):
             parameter.normal_(std=0.02)

@@ -14,7 +14,7 @@ from train.compose import trained_experts, typed
 from train.config import Config
 from train.preview import PreviewPlan, plan_previews
 from train.rules import ConfigError
-from wan.checkpoints import ModelError
+from wan.headers import ModelError
 from wan.lora_format import SUFFIX_OF_EXPERT, read_adapter
 from wan.lora_metadata import OURS
 from wan.safetensors_writer import FileHashes, file_hashes

@@ -21,11 +21,11 @@ from wan.adapter_check import (
     kinds_of_norms,
     linears_by_block,
 )
+from wan.adapter_choices import BLOCK_LINEARS
 from wan.adapter_keys import Style
 from wan.adapter_pair import pair_findings, pairs_among
 from wan.adapter_stream import short
 from wan.headers import ModelError
-from wan.lora import BLOCK_LINEARS
 from wan.lora_metadata import OURS
 from wan.variants import VARIANTS
 

@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from tools.lora_files import DTYPES, convert_file, how_to_load, new_file
 from train.checkpoint import checkpoints_in, problem_with, step_of
-from wan.adapter_kinds import Kind, scale_of
+from wan.adapter_choices import Kind, scale_of
 from wan.adapter_layouts import DORA, AdapterFile, read_any
 from wan.adapter_names import Layout, diffusers_name
 from wan.headers import ModelError

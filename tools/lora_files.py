@@ -16,7 +16,7 @@ from wan.adapter_layouts import PEFT_WEIGHTS, AdapterFile, pair_of, read_any
 from wan.adapter_names import Layout, block_linear
 from wan.adapter_values import Factors
 from wan.adapter_writing import write_layout
-from wan.checkpoints import ModelError
+from wan.headers import ModelError
 from wan.loader_rules import LOADERS, Feature, verdict
 from wan.lora_format import SUFFIX_OF_EXPERT, checked_name, exported_file
 from wan.lora_metadata import OURS

@@ -20,12 +20,13 @@ from tqdm import tqdm
 from tools import tiny_vae, world
 from tools.judge import Judge, judge_accuracy, load_judge, verdict
 from tools.make_demo_data import HELDOUT, TRIGGER, VIDEOS, zorbi
-from wan import lora
 from wan.checkpoints import ModelPaths, find_model, load_text_encoder, load_tokenizer, load_vae
 from wan.experts import Experts, load_experts
 from wan.latents import decode_latents
+from wan.lora import ADAPTER
 from wan.lora_format import SUFFIX_OF_EXPERT, read_adapter
 from wan.sampler import SampleSettings, sample_latents
+from wan.strengths import load_adapter
 from wan.text import encode_prompts, pad_text
 from wan.variants import EXPERTS, TINY_PATH, VARIANTS
 
@@ -110,11 +111,7 @@ def attach_run(experts: Experts, run: Path) -> list[str]:
     found = []
     for expert in EXPERTS:
         for path in sorted(run.glob(f"*{SUFFIX_OF_EXPERT[expert]}.safetensors")):
-            state, rank, _ = read_adapter(path)
-            modules = {key.rsplit(".lora_", 1)[0] for key in state}
-            linears = sorted({parts[1] for m in modules if (parts := lora.split_module(m))})
-            lora.attach(experts[expert], rank, rank, linears, 0.0, 0)
-            lora.load_adapter_state(experts[expert], state)
+            load_adapter(experts[expert], read_adapter(path)[0], ADAPTER)
             found.append(path.name)
     if not found:
         raise SystemExit(f"error: {run} holds no adapter files; give the folder of a finished run")

@@ -14,7 +14,7 @@ from omegaconf.errors import ValidationError
 
 from train.config import EMBEDDED, Config, SourceConfig, schema
 from train.rules import ConfigError, Key, check_value, keys_of
-from wan.lora import BLOCK_LINEARS, PRESETS, module_ranks, target_modules
+from wan.adapter_choices import BLOCK_LINEARS, PRESETS, module_ranks, target_modules
 from wan.variants import VARIANTS, Expert
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -91,6 +91,13 @@ def _refuse_references(values: Mapping[str, object]) -> None:
             raise ConfigError(
                 f"{path} is {value}: expected {known.type} ({known.doc}). Write its values out."
             )
+    args = values.get("optim.args")
+    for name, value in args.items() if isinstance(args, dict) else ():
+        if "${" in str(value):
+            raise ConfigError(
+                f"optim.args.{name} is {value}, but what an optimizer takes is written out, as "
+                "nothing checks what a reference stands for. Write its value."
+            )
 
 
 def _source_keys(prefix: str) -> list[Key]:
@@ -140,6 +147,7 @@ def _check_together(config: Config) -> None:
     _check_condition(config)
     _check_looks(config)
     _check_lora(config)
+    _check_shard(config)
     timesteps, optim = config.timesteps, config.optim
     if timesteps.base == "uniform" and timesteps.scale != 1:
         raise ConfigError(
@@ -241,6 +249,27 @@ def _check_lora(config: Config) -> None:
         raise ConfigError(
             f"export.weights is {config.export.weights}, but lora.ema is null: there is no average "
             "to export. Set lora.ema=0.999, or export.weights=live."
+        )
+
+
+def _check_shard(config: Config) -> None:
+    """A sharded base is whole blocks of many processes, in the format in which they were read."""
+    if config.speed.placement != "shard":
+        return
+    if config.speed.frozen is not None:
+        raise ConfigError(
+            f"speed.placement is shard, but speed.frozen is {config.speed.frozen}: a base in fewer "
+            "bits cannot be sharded. Set speed.placement=swap, or speed.frozen=null."
+        )
+    if config.launch == "experts":
+        raise ConfigError(
+            "speed.placement is shard, but launch is experts, where each process trains alone. Set "
+            "speed.placement=swap, or leave launch out."
+        )
+    if config.lora.kind == "dora":
+        raise ConfigError(
+            "speed.placement is shard, but lora.kind is dora, which needs whole weights for its "
+            "norms. Set speed.placement=swap, or lora.kind=lora."
         )
 
 

@@ -38,8 +38,7 @@ from train.rules import (
     keys_of,
     one_of,
 )
-from wan.adapter_kinds import KINDS
-from wan.lora import PRESETS
+from wan.adapter_choices import KINDS, PRESETS
 from wan.speed import BACKENDS, KEEPS
 from wan.variants import VARIANTS
 
@@ -96,9 +95,9 @@ class SpeedConfig:
 
     placement: str = key(
         "swap",
-        "where frozen weights wait: all on the device; the expert not at work in host memory; or "
-        "all in host memory, block by block to the device",
-        rule=one_of("resident", "swap", "stream"),
+        "where frozen weights wait: all on the device; the expert not at work in host memory; all "
+        "in host memory, block by block to the device; or a share of all on each of several GPUs",
+        rule=one_of("resident", "swap", "stream", "shard"),
     )
     frozen: str | None = key(
         None,

@@ -19,10 +19,8 @@ from omegaconf.errors import (
 from data.items import DataError
 from train.compose import unknown_key
 from train.config import schema
-from train.learner import TrainingStopped
-from train.out_of_memory import MemoryFull
-from train.rules import ConfigError
-from wan.checkpoints import ModelError
+from train.rules import ConfigError, MemoryFull, TrainingStopped
+from wan.headers import ModelError
 
 # What one of several processes may meet alone: a clip that is gone, memory that is full.
 OF_ONE_PROCESS = (DataError, MemoryFull)

@@ -16,7 +16,7 @@ from train.ema import averaged
 from train.encode import EncodedDataset
 from train.learner import Learner, as_used
 from train.validate import HeldoutLoss
-from wan.adapter_kinds import Kind
+from wan.adapter_choices import Kind
 from wan.checkpoints import Model, component_hash
 from wan.experts import Experts
 from wan.lora import finished_state

@@ -83,3 +83,5 @@ def put_on(experts: Experts, expert: Expert, path: Path, name: str) -> None:
     for layer in adapter_layers(transformer, name).values():  # blocks that stream are not there
         layer.lora_A[name].to(transformer.device)
         layer.lora_B[name].to(transformer.device)
+        if name in layer.lora_magnitude_vector:
+            layer.lora_magnitude_vector[name].to(transformer.device)

@@ -13,8 +13,9 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor
 
+from wan.adapter_choices import split_module
 from wan.adapter_kinds import Hadamard, Kronecker, plain_factors
-from wan.lora import ADAPTER, adapter_layers, delta_norms, split_module
+from wan.lora import ADAPTER, adapter_layers, delta_norms
 
 DEAD = 0.01  # of the largest: smaller singular values do nothing that one would see
 

@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 from accelerate import Accelerator
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor, nn
 
 from data.batches import BatchOrder, Draws, load_batch
@@ -23,14 +24,10 @@ from train.speed import prepare_to_train
 from train.start import Start, begin
 from train.step import draw_noise, velocity_error
 from wan import flow, lora
-from wan.adapter_kinds import Kind
+from wan.adapter_choices import Kind
 from wan.experts import Experts
 from wan.speed import Keep
 from wan.variants import Expert, Variant
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message says where it stopped and what to do."""
 
 
 @dataclass
@@ -181,56 +178,75 @@ def train_step(
     train what one process does with N times the accumulation. If a loss or the gradient is not
     finite, on any process, nothing is updated on all of them and the figures say why.
     """
-    transformer = experts[learner.expert]
     parts = groups(config, accelerator)
     places = step_places(learner, step, config.accumulate, parts)
-    losses, sigmas = [], []
-    started, data = time.monotonic(), 0.0
-    for place in places[own_group(config, accelerator) :: parts]:
-        asked, learner.place = time.monotonic(), place
-        batch = load_batch(dataset.train, learner.order.indices(place), learner.draws, place)
-        draw = draw_noise(
-            learner.law,
-            learner.sigma_range,
-            batch.latents.shape,
-            learner.seed,
-            place * config.batch_size,
-            config.timesteps.low_discrepancy,
-        )
-        data += time.monotonic() - asked
-        torch.manual_seed(flow.mix_seed(learner.seed, "dropout", place))  # for the adapter's own
-        loss = velocity_error(transformer, batch, draw, facts)
-        weighted = loss * batch.loss_weight.to(loss.device)
-        (weighted.mean() / config.accumulate).backward()
-        losses.append(loss.detach())
-        sigmas.append(draw.sigma)
-    waiting = _waiting(time.monotonic() - started, accelerator)
+    started = time.monotonic()
+    passes = [
+        _pass(learner, place, config, facts, experts[learner.expert], dataset)
+        for place in places[own_group(config, accelerator) :: parts]
+    ]
+    took, data = time.monotonic() - started, sum(one.data_seconds for one in passes)
+    waiting = _waiting(took, accelerator)
     average_gradients(learner.parameters, accelerator)
     grad_norm = nn.utils.clip_grad_norm_(learner.parameters, config.optim.max_grad_norm)
-    all_losses, all_sigmas, norm = _gathered(losses, sigmas, grad_norm, config, accelerator)
+    losses, sigmas, norm = _gathered(passes, grad_norm, config, accelerator)
     computed = time.monotonic()
-    optim.set_learning_rate(
-        learner.optimizer,
-        optim.learning_rate_at(
-            step, learner.settings.steps, config.optim, learner.settings.learning_rate
-        ),
-    )
+    peak = learner.settings.learning_rate
+    rate = optim.learning_rate_at(step, learner.settings.steps, config.optim, peak)
+    optim.set_learning_rate(learner.optimizer, rate)
     rate = optim.effective_learning_rate(learner.optimizer)
-    figures = StepFigures(all_losses.mean().item(), all_losses, all_sigmas, norm, rate)
     clips = [dataset.train.clips[c] for c in _clips_of(learner, places, parts)]
     seen = [megapixel_frames(clip.bucket) for clip in clips]
-    if not math.isfinite(all_losses.sum().item() + norm):
-        names = [clip.name for clip in clips]
-        figures = replace(figures, problem=_not_finite(step, figures, names))
-    _update(learner, step, figures)
-    update = time.monotonic() - computed
-    return replace(
-        figures,
-        seconds={"data": data, "compute": computed - started - data, "update": update},
+    figures = StepFigures(
+        losses.mean().item(),
+        losses,
+        sigmas,
+        norm,
+        rate,
+        problem=_problem(step, losses, sigmas, norm, [clip.name for clip in clips]),
         megapixel_frames=sum(seen),
         waiting=waiting,
         imbalance=_imbalance(seen, parts),
     )
+    _update(learner, step, figures)
+    seconds = {"data": data, "compute": computed - started - data}
+    return replace(figures, seconds={**seconds, "update": time.monotonic() - computed})
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One batch, forward and backward: what is told of its samples."""
+
+    losses: Tensor  # (B,)
+    sigmas: Tensor  # (B,)
+    data_seconds: float
+
+
+def _pass(
+    learner: Learner,
+    place: int,
+    config: Config,
+    facts: Variant,
+    transformer: WanTransformer3DModel,
+    dataset: EncodedDataset,
+) -> _Pass:
+    """Add the gradients of the batch at a place, as its share of a step."""
+    started, learner.place = time.monotonic(), place
+    batch = load_batch(dataset.train, learner.order.indices(place), learner.draws, place)
+    draw = draw_noise(
+        learner.law,
+        learner.sigma_range,
+        batch.latents.shape,
+        learner.seed,
+        place * config.batch_size,
+        config.timesteps.low_discrepancy,
+    )
+    seconds = time.monotonic() - started
+    torch.manual_seed(flow.mix_seed(learner.seed, "dropout", place))  # for the adapter's own
+    losses = velocity_error(transformer, batch, draw, facts)
+    weighted = losses * batch.loss_weight.to(losses.device)
+    (weighted.mean() / config.accumulate).backward()
+    return _Pass(losses.detach(), draw.sigma, seconds)
 
 
 def _waiting(seconds: float, accelerator: Accelerator) -> float:
@@ -257,8 +273,7 @@ def step_places(learner: Learner, step: int, accumulate: int, processes: int) ->
 
 
 def _gathered(
-    losses: Sequence[Tensor],
-    sigmas: Sequence[Tensor],
+    passes: Sequence[_Pass],
     norm: Tensor,
     config: Config,
     accelerator: Accelerator,
@@ -267,7 +282,8 @@ def _gathered(
 
     The device is waited for once: here.
     """
-    own = torch.stack([torch.cat([rows.to(norm.device) for rows in s]) for s in (losses, sigmas)])
+    both = [one.losses for one in passes], [one.sigmas for one in passes]
+    own = torch.stack([torch.cat([rows.to(norm.device) for rows in s]) for s in both])
     rows = accelerator.gather(own[None])  # (processes, 2, samples of each)
     assert isinstance(rows, Tensor)
     rows = rows[:: config.speed.context]  # (groups, 2, samples of each)
@@ -282,15 +298,20 @@ def _clips_of(learner: Learner, places: range, processes: int) -> list[int]:
     return [clip for place in in_order for clip in learner.order.indices(place)]
 
 
-def _not_finite(step: int, figures: StepFigures, clips: Sequence[str]) -> str:
+def _problem(
+    step: int, losses: Tensor, sigmas: Tensor, norm: float, clips: Sequence[str]
+) -> str | None:
     """What is not finite in a step, and whose: of the samples with such a loss, or of all."""
-    losses, sigmas = figures.losses.tolist(), figures.sigmas.tolist()
+    if math.isfinite(losses.sum().item() + norm):
+        return None
+    found = losses.tolist()
+    finite = math.isfinite(sum(found))
     samples = [
         f"{clip} (sigma {sigma:.4f}, loss {loss:g})"
-        for clip, sigma, loss in zip(clips, sigmas, losses, strict=True)
-        if not math.isfinite(loss) or math.isfinite(sum(losses))
+        for clip, sigma, loss in zip(clips, sigmas.tolist(), found, strict=True)
+        if finite or not math.isfinite(loss)
     ]
-    what = "gradient" if math.isfinite(sum(losses)) else "loss"
+    what = "gradient" if finite else "loss"
     return f"step {step + 1}: the {what} is not finite, nothing was updated: {', '.join(samples)}"
 
 
@@ -303,7 +324,7 @@ def _update(learner: Learner, step: int, figures: StepFigures) -> None:
     """Let the optimizer take its step, or count one that was skipped."""
     if figures.problem is None:
         learner.updating = True
-        learner.optimizer.step()
+        _let_it_step(learner)
         ema.update(learner, step)
         learner.updating = False
         learner.bad_in_row = 0
@@ -312,6 +333,29 @@ def _update(learner: Learner, step: int, figures: StepFigures) -> None:
         learner.bad_in_row += 1
     learner.optimizer.zero_grad(set_to_none=True)
     learner.steps_done = step + 1
+
+
+def _let_it_step(learner: Learner) -> None:
+    """The optimizer's step; if its memory finds no room at the first one, all is as before it.
+
+    Its memory is made then, and the parameters' copy waits on the host meanwhile.
+    """
+    optimizer = learner.optimizer
+    if optimizer.state:
+        optimizer.step()
+        return
+    parameters = [parameter.detach().to("cpu", copy=True) for parameter in learner.parameters]
+    settings = [dict(group) for group in optimizer.param_groups]
+    try:
+        optimizer.step()
+    except torch.OutOfMemoryError:
+        for parameter, before in zip(learner.parameters, parameters, strict=True):
+            parameter.data.copy_(before)
+        for group, before in zip(optimizer.param_groups, settings, strict=True):
+            group.update(before)
+        optimizer.state.clear()
+        learner.updating = False
+        raise
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:

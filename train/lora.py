@@ -23,12 +23,19 @@ from train.config import Config
 from train.dataset import Progress, check_sides, plan_dataset
 from train.deliver import deliver
 from train.drift import plan_drift
-from train.encode import encode_dataset, model_paths
+from train.encode import EncodedDataset, encode_dataset, model_paths
 from train.errors import clear_errors
 from train.export import Exporter
-from train.groups import check_groups, check_heads, groups, shared_context
+from train.groups import (
+    check_groups,
+    check_heads,
+    check_shardable,
+    groups,
+    shared_base,
+    shared_context,
+)
 from train.history import History
-from train.learner import make_learners, timestep_law, train_step
+from train.learner import Learner, make_learners, timestep_law, train_step
 from train.other_trackers import check_trackers
 from train.out_of_memory import Moment, moment_of, out_of_memory, phase_of
 from train.preview import plan_previews
@@ -44,9 +51,9 @@ from train.tracking import Tracker, progress_bar, say
 from train.turns import Turns, is_due
 from train.validate import plan_checks, plan_train_checks
 from wan.checkpoints import find_model, load_vae
-from wan.experts import base_only
+from wan.experts import Experts, base_only
 from wan.lora_format import checked_name
-from wan.variants import VARIANTS
+from wan.variants import VARIANTS, Expert
 
 
 def train(config: Config) -> None:
@@ -142,6 +149,7 @@ def check(config: Config, device: torch.device, progress: Progress) -> Checked:
     check_trackers(config.tracking.others)
     checked_name(config.name)
     model = find_model(model_paths(config.model), facts.name)
+    check_shardable(config, model)
     clips = plan_dataset(config.data, facts, progress)
     check_sides(clips, config.data)
     return Checked(
@@ -161,39 +169,14 @@ def prepare(
 
     Of a run that goes on, everything is then as it was at its checkpoint.
     """
-    config, facts, model, device = checked.config, checked.facts, checked.model, accelerator.device
-    resumed = None if folder.checkpoint is None else tracker_state(folder.checkpoint, folder.path)
-    tracker = Tracker(config, folder.path, accelerator.is_main_process, resumed)
-    tracker.say(report.before_training(checked, device, timestep_law(config)))
-    tracker.say(report.steps_of_one_shape(checked, groups(config, accelerator)))
-    if accelerator.is_main_process:
-        write_dataset(folder.path, checked.clips)
-    if resumed is None:
-        withdraw(config)
-
-    with tracker.phase("encoding"):
-        dataset = encode_dataset(
-            checked.clips,
-            checked.previews.texts,
-            config,
-            model,
-            device,
-            tracker.progress,
-            tracker.say,
-        )
-    tracker.say(report.cache_use(config, dataset))
-    tracker.dataset(dataset, report.clips_lines(checked.clips))
-
+    config, facts = checked.config, checked.facts
+    tracker = announce(checked, folder, accelerator)
+    dataset = encode(checked, tracker, accelerator.device)
     with tracker.phase("loading"):
-        experts = load_to_sample(
-            model, config.model.dtype, config.speed, device, shared_context(config)
-        )
-        learners = make_learners(
-            config, facts, experts, dataset, checked.starts, groups(config, accelerator)
-        )
-        vae = load_vae(model, torch.float32, torch.device("cpu"))  # until there is a preview
-        exporter = Exporter(config, model, dataset)
-    if device.type == "cuda":
+        experts, learners = load(checked, dataset, accelerator)
+        vae = load_vae(checked.model, torch.float32, "cpu")  # until there is a preview
+        exporter = Exporter(config, checked.model, dataset)
+    if accelerator.device.type == "cuda":
         tracker.say(report.kept(learners))
     checks = plan_checks(config, facts, dataset.heldout)
     clips, prompts = checked.clips.train, [shot.prompt for shot in checked.previews.shots]
@@ -220,6 +203,43 @@ def prepare(
         changes = restore(run, folder.checkpoint)
         tracker.say(report.resumed(run, folder.checkpoint.path, changes))
     return run
+
+
+def announce(checked: Checked, folder: RunFolder, accelerator: Accelerator) -> Tracker:
+    """Begin the run's figures, or go on with them, and say what it will do with which clips."""
+    config, main = checked.config, accelerator.is_main_process
+    resumed = None if folder.checkpoint is None else tracker_state(folder.checkpoint, folder.path)
+    tracker = Tracker(config, folder.path, main, resumed)
+    tracker.say(report.before_training(checked, accelerator.device, timestep_law(config)))
+    tracker.say(report.steps_of_one_shape(checked, groups(config, accelerator)))
+    if main:
+        write_dataset(folder.path, checked.clips)
+    if resumed is None:
+        withdraw(config)
+    return tracker
+
+
+def encode(checked: Checked, tracker: Tracker, device: torch.device) -> EncodedDataset:
+    """What the run needs of the encoders, from the cache as far as it is there."""
+    config, texts = checked.config, checked.previews.texts
+    with tracker.phase("encoding"):
+        dataset = encode_dataset(
+            checked.clips, texts, config, checked.model, device, tracker.progress, tracker.say
+        )
+    tracker.say(report.cache_use(config, dataset))
+    tracker.dataset(dataset, report.clips_lines(checked.clips))
+    return dataset
+
+
+def load(
+    checked: Checked, dataset: EncodedDataset, accelerator: Accelerator
+) -> tuple[Experts, dict[Expert, Learner]]:
+    """All experts, shared among the processes as configured, and a learner for each trained one."""
+    config, parts = checked.config, groups(checked.config, accelerator)
+    context, mesh = shared_context(config), shared_base(config, accelerator)
+    dtype, device = config.model.dtype, accelerator.device
+    experts = load_to_sample(checked.model, dtype, config.speed, device, context, mesh)
+    return experts, make_learners(config, checked.facts, experts, dataset, checked.starts, parts)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")

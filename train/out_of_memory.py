@@ -10,9 +10,9 @@ from data.shapes import Bucket
 from train import plan
 from train.checkpoint import checkpoints_in
 from train.config import Config
-from train.learner import TrainingStopped
 from train.plan import Setting
 from train.plan_lines import here, shape_told
+from train.rules import MemoryFull
 from train.run import Checked, Run
 from wan.cards import H200, Card
 from wan.footprint import GIB, TRAINED, activation_bytes, sample_bytes
@@ -22,10 +22,6 @@ SMALLER = 0.75  # of height and width
 LEAST = 0.1 * GIB  # what is not worth a line
 FRAGMENTS = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
 ANOTHER_RUN = ("batch_size=", "data.frames=", "data.height=")  # changes that need a reason
-
-
-class MemoryFull(TrainingStopped):
-    """The memory of this process's device is full; that of others may not be."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from train.machine import disk
 from train.plan import Choice, Setting
 from train.run import Checked
 from wan.cards import CARDS, H200, Card, card_of
-from wan.footprint import CONTEXT, GIB, host_bytes
+from wan.footprint import CONTEXT, GIB, SHARES, host_bytes
 from wan.memory import MARGIN
 from wan.speed import Keep
 
@@ -77,7 +77,8 @@ def measured_lines(
 def _speed_told(setting: Setting) -> str:
     speed = setting.config.speed
     frozen = speed.frozen or setting.config.model.dtype
-    return f"speed.placement={speed.placement}, frozen weights in {frozen}"
+    shares = f" (counted for {SHARES} GPUs)" if speed.placement == "shard" else ""
+    return f"speed.placement={speed.placement}{shares}, frozen weights in {frozen}"
 
 
 def _memory_lines(setting: Setting, checked: Checked) -> list[str]:

@@ -98,6 +98,8 @@ def stand_in_run(config: Config, facts: Variant, folder: Path, side: int) -> Con
         optim = replace(optim, name="torch.optim.AdamW", args={})
     frozen = None if config.speed.frozen == "nf4" else config.speed.frozen
     speed = replace(config.speed, attention="auto", compile=False, frozen=frozen, context=1)
+    if speed.placement == "shard":  # here is one process
+        speed = replace(speed, placement="swap")
     model = replace(
         config.model,
         path=str(folder / "model"),

@@ -1,4 +1,4 @@
-"""What a setting of a run is: its meaning, and what its values must be beyond their type."""
+"""What a setting of a run is and what its values must be; how a run tells that it cannot go on."""
 
 import copy
 import dataclasses
@@ -18,6 +18,14 @@ T = TypeVar("T")
 
 class ConfigError(ValueError):
     """A setting of the run is wrong. The message names the key, what was found and what to do."""
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message says where it stopped and what to do."""
+
+
+class MemoryFull(TrainingStopped):
+    """The memory of this process's device is full; that of others may not be."""
 
 
 @dataclass(frozen=True)

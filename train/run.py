@@ -1,6 +1,6 @@
 """What a run consists of once all is checked and loaded, and what is done with it repeatedly."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -22,11 +22,11 @@ from train.encode import EncodedDataset
 from train.evaluation import Beside, Evaluated, figures, table
 from train.export import Exporter
 from train.few_step import at_strengths
-from train.groups import groups, own_group
+from train.groups import Parts, is_together, parts_of
 from train.health import adapter_health, summarised
 from train.history import History
 from train.learner import Learner, as_used
-from train.preview import PreviewPlan, Shot, render, save_samples
+from train.preview import PreviewPlan, Progress, Shot, render, save_samples
 from train.start import Start
 from train.stopping import Stopped, StopRequest, on_any
 from train.tracking import Tracker
@@ -85,6 +85,11 @@ class Run:
         planned = self.turns.steps
         return sum(max(planned[e], le.steps_done) for e, le in self.learners.items())
 
+    @property
+    def parts(self) -> Parts:
+        """How the processes divide what is measured and rendered."""
+        return parts_of(self.config, self.accelerator, self.stop)
+
 
 def look(run: Run, base: Sequence[np.ndarray]) -> None:
     """Measure and show what is due now and has not been yet; a request to stop ends it at once."""
@@ -102,7 +107,8 @@ def measure(run: Run, done: int) -> list[HeldoutLoss]:
 
     At 0 the caller has set the adapters aside: these are the base model's.
     """
-    with run.tracker.phase("measuring"), run.stop.interruptible(run.config.speed.context == 1):
+    alone = run.accelerator.num_processes == 1
+    with run.tracker.phase("measuring"), run.stop.interruptible(alone):
         with as_used(run.learners):
             found = [_heldout(run, expert) for expert in run.learners]
             beside: dict[Expert, Beside] = {e: _beside(run, e, done) for e in run.learners}
@@ -133,17 +139,20 @@ def measure(run: Run, done: int) -> list[HeldoutLoss]:
 
 
 def _heldout(run: Run, expert: Expert) -> HeldoutLoss:
-    return heldout_loss(run.experts[expert], expert, run.facts, run.checks, run.tracker.progress)
+    transformer, progress = run.experts[expert], run.tracker.progress
+    return heldout_loss(transformer, expert, run.facts, run.checks, progress, parts=run.parts)
 
 
 def _beside(run: Run, expert: Expert, done: int) -> Beside:
     """The same on clips that are trained on, and how far the prior has drifted."""
     transformer, progress = run.experts[expert], run.tracker.progress
     name = "training clips"
-    trained = heldout_loss(transformer, expert, run.facts, run.train_checks, progress, name)
+    trained = heldout_loss(
+        transformer, expert, run.facts, run.train_checks, progress, name, run.parts
+    )
     drift = 0.0
     if done > 0:
-        drift = prior_drift(transformer, expert, run.facts, run.drift_plan, progress)
+        drift = prior_drift(transformer, expert, run.facts, run.drift_plan, progress, run.parts)
     return Beside(run.learners[expert].steps_done, trained, drift)
 
 
@@ -197,11 +206,12 @@ def sample(
     `elsewhere` are files of experts that other processes train. Each group of processes renders
     its share, and all get all. Nothing, with a line, if one has not memory enough.
     """
-    shots, parts = run.previews.shots, groups(run.config, run.accelerator)
-    own = range(own_group(run.config, run.accelerator), len(shots), parts)
+    shots, parts = run.previews.shots, run.parts
+    own = range(parts.own, len(shots), parts.count)
+    rendered = parts.of(len(shots)) if is_together(run.config) else own
     videos, stopped = None, False
     try:
-        videos = _rendered(run, strengths, elsewhere, [shots[index] for index in own])
+        videos = _rendered(run, strengths, elsewhere, [shots[index] for index in rendered])
     except Stopped:
         stopped = True
     if on_any(run.accelerator, stopped):
@@ -212,7 +222,7 @@ def sample(
             "preview.height and preview.width."
         )
     elif videos is not None:
-        return _of_all(run, dict(zip(own, videos, strict=True)))
+        return _of_all(run, dict(zip(own, videos, strict=False)))  # the rest is another's
     return []
 
 
@@ -222,29 +232,49 @@ def _rendered(
     elsewhere: Mapping[Expert, Path] | None,
     shots: list[Shot],
 ) -> list[np.ndarray] | None:
-    """The videos of these shots; None if memory is short. The VAE is on the device meanwhile."""
+    """The videos of these shots; None if memory is short. The VAE is on the device meanwhile.
+
+    Where processes compute each pass together none may do otherwise: each video is made alone, in
+    passes that take the least, a request to stop is heeded between two, and short memory ends all.
+    """
     device, few_step, vae = run.accelerator.device, run.previews.few_step, cast(Module, run.vae)
-    alone = run.config.speed.context == 1  # else others wait for this process
-    with run.tracker.phase("rendering"), as_used(run.learners), run.stop.interruptible(alone):
+    plan, progress = replace(run.previews, shots=shots), run.tracker.progress
+    if together := is_together(run.config):
+        settings = replace(plan.settings, cfg="sequential")
+        plan = replace(plan, batch_size=1, settings=settings)
+        progress = _until_stopped(run)
+    at_once = run.stop.interruptible(not together)
+    with run.tracker.phase("rendering"), as_used(run.learners), at_once:
         try:
             vae.to(device)
             attention = sampling_attention(cast("Attention", run.config.speed.attention))
             with at_strengths(run.experts, strengths, few_step, elsewhere), attention:
                 return render(
-                    replace(run.previews, shots=shots),
+                    plan,
                     run.facts,
                     run.experts,
                     run.vae,
                     run.dataset.prompts,
-                    run.tracker.progress,
+                    progress,
                     run.tracker.say,
                 )
         except torch.OutOfMemoryError:
+            if together:
+                raise
             return None
         finally:
             vae.to("cpu")
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # the shapes of training are others
+
+
+def _until_stopped(run: Run) -> Progress:
+    """The tracker's progress, that ends on all processes when one is asked to stop."""
+
+    def progress(steps: Iterable[int], name: str) -> Iterable[int]:
+        return run.parts.until_stopped(run.tracker.progress(steps, name))
+
+    return progress
 
 
 def _of_all(run: Run, own: Mapping[int, np.ndarray]) -> list[np.ndarray]:
@@ -254,7 +284,7 @@ def _of_all(run: Run, own: Mapping[int, np.ndarray]) -> list[np.ndarray]:
     settings = run.previews.settings
     shape = (len(run.previews.shots), settings.frames, settings.height, settings.width, 3)
     videos = torch.zeros(shape, dtype=torch.uint8, device=run.accelerator.device)
-    if run.accelerator.process_index % run.config.speed.context == 0:  # one of each group
+    if run.parts.speaks:
         for index, video in own.items():
             videos[index] = torch.from_numpy(video)
     distributed.all_reduce(videos)

@@ -117,7 +117,8 @@ def _make_ready(folder: Path, checkpoint: Checkpoint | None, config: Config) -> 
         (folder / SUMMARY).unlink(missing_ok=True)
     elif not _can_begin_in(folder):
         _refuse_to_move(folder, config)
-        _set_aside(folder)
+        if any(folder.iterdir()):  # else a run was killed before it wrote its settings
+            _set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "config.yaml", resolved_yaml(config))
 
@@ -148,7 +149,7 @@ def _can_begin_in(folder: Path) -> bool:
     if not names & {"config.yaml", f".config.yaml{PARTIAL}"}:
         return False
     made = names - WRITTEN_AGAIN - HALF_WRITTEN
-    shown = {path.name for path in folder.glob("samples/*")} - {BASE_SAMPLES}
+    shown = {path.name for path in folder.glob("samples/[!.]*")} - {BASE_SAMPLES}
     return not made and not shown and not any(folder.glob("checkpoints/[!.]*"))
 
 

@@ -9,8 +9,9 @@ import torch
 
 from train.checkpoint import checkpoints_in, prune, step_of, write_checkpoint
 from train.compose import resolved_yaml
-from train.learner import Learner, StepFigures, TrainingStopped
+from train.learner import Learner, StepFigures
 from train.resume import state_of
+from train.rules import TrainingStopped
 from train.run import Run
 from train.stopping import on_any
 from train.verdict import write_best

@@ -4,6 +4,7 @@ from typing import cast
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from torch.distributed.device_mesh import DeviceMesh
 
 from train.config import Config, SpeedConfig
 from train.encode import EncodedDataset
@@ -53,18 +54,22 @@ def load_to_sample(
     speed: SpeedConfig,
     device: torch.device,
     context: Context | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Experts:
     """All experts, placed and packed as configured; their attention and blocks run so too.
 
     Those that are trained are prepared once more, with their adapters: `prepare_to_train`. With a
-    `context` its processes share each sequence.
+    `context` its processes share each sequence, with a `mesh` the base; a process alone swaps what
+    a run of several has sharded.
     """
+    alone = speed.placement == "shard" and mesh is None
     experts = load_experts(
         model,
         getattr(torch, dtype),
         device,
-        cast("Placement", speed.placement),
+        cast("Placement", "swap" if alone else speed.placement),
         cast("FrozenFormat | None", speed.frozen),
+        mesh,
     )
     for expert in experts:
         transformer = experts[expert]

@@ -26,6 +26,7 @@ from train.config import Config
 from train.encode import EncodedDataset
 from train.learner import Learner, StepFigures
 from train.metrics_file import MetricsFile, read_metrics
+from train.noise_panel import noise_panel
 from train.other_trackers import OtherTrackers
 from train.preview import Shot
 from train.running_loss import RunningLoss
@@ -78,8 +79,8 @@ class Tracker:
         self._steps = 0  # of this process
         self._steps_start = self.seconds.get("training", 0.0)
         self._metrics = self._wandb = self._others = None
+        self._path = path = folder / "metrics.jsonl"
         if speaks:
-            path = folder / "metrics.jsonl"
             self._metrics = MetricsFile(path, begun.metrics_bytes, self.say, begun.metrics_waiting)
             self._others = OtherTrackers(config, folder, self.say)
             self._wandb = WandbLog(config, folder, begun.wandb_id, self.say)
@@ -211,6 +212,16 @@ class Tracker:
                 record[f"{over}/bin_{index}"] = now / before - 1
             maps |= _heat_map(name, dict(enumerate(loss.bins)), loss.edges)
         self.figures(step, record, maps)
+        self._noise_panels(step, losses)
+
+    def _noise_panels(self, step: int, losses: Sequence[HeldoutLoss]) -> None:
+        """What has changed so far at each level of noise, from the start of the run on."""
+        if self._wandb is None:
+            return
+        history = list(read_metrics(self._path))
+        pages = {loss.expert: noise_panel(loss.expert, loss.edges, history) for loss in losses}
+        panels = {f"noise/change/{e}": wandb.Html(p, inject=False) for e, p in pages.items() if p}
+        self._wandb.log(panels, step)
 
     def samples(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor
 from data.batches import Batch, Draws, EncodedClips, happens, load_batch
 from data.buckets import Clip
 from train.config import Config
+from train.groups import Parts, in_parts
 from train.learner import sample_draws, timestep_law
 from train.step import NoiseDraw, velocity_error
 from wan import flow
@@ -89,19 +90,26 @@ def heldout_loss(
     plan: HeldoutPlan,
     progress: Progress,
     name: str = "held-out loss",
+    parts: Parts | None = None,
 ) -> HeldoutLoss:
-    """Measure one expert. Bins have equal shares of the law: the mean of bins is the law's loss."""
+    """Measure one expert. Bins have equal shares of the law: the mean of bins is the law's loss.
+
+    With `parts` the clips are divided among the groups of processes, and all have the same result.
+    """
     sigma_range = flow.expert_range(facts.boundary, expert)
     edges = flow.bin_edges(plan.law, sigma_range, plan.bins)
     was_training = transformer.training
     transformer.eval()
-    losses = torch.zeros(len(plan.clips), plan.draws, plan.bins, dtype=torch.float64)
-    for clip in progress(range(len(losses)), f"{name}, {expert}"):
+
+    def measured(clip: int) -> Tensor:
         errors = [
             velocity_error(transformer, batch, draw, facts).double().cpu()
             for batch, draw in samples_of(plan, sigma_range, expert, clip)
         ]
-        losses[clip] = torch.cat(errors).view(plan.draws, plan.bins)
+        return torch.cat(errors).view(plan.draws, plan.bins)
+
+    told = f"{name}, {expert}"
+    losses = in_parts(len(plan.clips), measured, progress, told, parts)  # (clips, draws, bins)
     transformer.train(was_training)
     by_draw = losses.mean(-1).flatten()  # one estimate for each clip and draw
     return HeldoutLoss(
@@ -190,8 +198,6 @@ def _draws(
     """draws x bins noise levels, one in each bin at a place of its own, and their noise."""
     count = plan.draws * plan.bins
     seed = flow.mix_seed(plan.seed, "heldout", expert, clip)
-    within = flow.uniforms(seed, 0, count, low_discrepancy=True)
-    position = torch.arange(count) % plan.bins
-    sigma = plan.law.draw((position + within) / plan.bins, sigma_range)
+    sigma = plan.law.draw(flow.binned_uniforms(seed, plan.bins, plan.draws), sigma_range)
     noise = torch.stack([flow.noise_like(shape, seed, index) for index in range(count)])
     return NoiseDraw(sigma, noise)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
+from wan.adapter_choices import BLOCK_LINEARS
 from wan.adapter_contents import Contents, Module, read_contents
 from wan.adapter_layouts import DIFFUSERS_CONFIG
 from wan.adapter_shapes import Fit, best_fit, is_for_images, split_block
 from wan.adapter_values import MOST_ALPHA
 from wan.loader_rules import LOADERS, Feature, Outcome, verdict
-from wan.lora import BLOCK_LINEARS
 from wan.lora_format import FORBIDDEN_WORDS
 from wan.lora_metadata import FORMAT_VERSION, OURS
 from wan.recognise import expert_by_name

@@ -11,24 +11,15 @@ rank^2, a Kronecker product works on parts of the input. Names are those of LyCO
 read: `spec/lora_formats.md` section 2.E.
 """
 
-import math
-from typing import Literal, get_args
-
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
-Kind = Literal["lora", "rslora", "dora", "lokr", "loha"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+from wan.adapter_products import hadamard_factors, kronecker_factors
 
 LARGEST_KRON = 8  # rows and columns of w1 at most: a small one leaves w2 the capacity
-
-
-def scale_of(kind: Kind, rank: int, alpha: float) -> float:
-    """What the product of an adapter is multiplied by."""
-    return alpha / (math.sqrt(rank) if kind == "rslora" else rank)
 
 
 def kron_sides(width: int) -> tuple[int, int]:
@@ -109,20 +100,6 @@ def _uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     return nn.init.kaiming_uniform_(torch.empty(shape), a=5**0.5, generator=generator)
 
 
-def hadamard_factors(
-    w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor
-) -> tuple[Tensor, Tensor]:
-    """A (r r', in) and B (out, r r') with B A = (w1_a w1_b) * (w2_a w2_b), elementwise."""
-    a = (w1_b[:, None] * w2_b[None]).flatten(0, 1)
-    b = (w1_a[:, :, None] * w2_a[:, None]).flatten(1)
-    return a, b
-
-
-def kronecker_factors(w1: Tensor, w2_a: Tensor, w2_b: Tensor) -> tuple[Tensor, Tensor]:
-    """A (q rank, in) and B (out, q rank) with B A = kron(w1, w2_a w2_b)."""
-    return torch.kron(torch.eye(w1.shape[1]).to(w1), w2_b), torch.kron(w1, w2_a)
-
-
 class Magnitude(nn.Module):
     """m of a DoRA: the norm that each row of the adapted weight has; at first that of W."""
 
@@ -143,15 +120,26 @@ class Dora(LoraVariant):
     def forward(
         module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: object
     ) -> Tensor:
-        """The linear's whole output, from that of the base."""
+        """The linear's whole output, from that of the base.
+
+        A strength scales all that is changed in W, as in ComfyUI: not s alone.
+        """
         assert isinstance(module, LoraLinear)
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        update = b(a(module.lora_dropout[active_adapter](x))) * module.scaling[active_adapter]
+        trained, strength = _trained_scale(module, active_adapter)
+        update = b(a(module.lora_dropout[active_adapter](x))) * trained
         ratio = dora_ratio(module, active_adapter)
         bias = base_linear(module).bias
         straight = result if bias is None else result - bias.to(result.dtype)
         # The difference first: 1 + something small would be rounded away in bf16.
-        return result + (ratio - 1).to(x.dtype) * straight + ratio.to(x.dtype) * update
+        less, more = ((strength * part).to(x.dtype) for part in (ratio - 1, ratio))
+        return result + less * straight + more * update
+
+
+def _trained_scale(layer: LoraLayer, name: str) -> tuple[float, float]:
+    """s as it was in training, and the strength at work: `scaling` is their product."""
+    trained = layer.lora_alpha[name] / layer.r[name]
+    return trained, layer.scaling[name] / trained
 
 
 def dora_ratio(layer: LoraLinear, name: str) -> Tensor:
@@ -167,7 +155,7 @@ def adapted_norm(layer: LoraLinear, name: str) -> Tensor:
     magnitude, base = layer.lora_magnitude_vector[name], base_linear(layer)
     assert isinstance(magnitude, Magnitude)
     a, b = plain_factors(layer, name)
-    b = layer.scaling[name] * b
+    b = _trained_scale(layer, name)[0] * b
     w_a = F.linear(a.to(base.weight.dtype), base.weight).float().T  # (out, rank)
     more = ((2 * w_a + b @ (a @ a.T)) * b).sum(1) / magnitude.base_norm**2
     return magnitude.base_norm * (1 + more).clamp_min(1e-12).sqrt()  # exactly |W| where B is 0
@@ -193,10 +181,12 @@ def plain_factors(layer: LoraLinear, name: str) -> tuple[Tensor, Tensor]:
 def weight_change(layer: LoraLinear, name: str) -> Tensor:
     """All that an adapter changes in W, (out, in) in fp32: for proofs, not for training."""
     a, b = plain_factors(layer, name)
-    product = layer.scaling[name] * (b.float() @ a.float())
+    trained, strength = _trained_scale(layer, name)
+    product = trained * (b.float() @ a.float())
     if name not in layer.lora_magnitude_vector:
-        return product
+        return strength * product
     weight = base_linear(layer).weight.detach().float()
     adapted = weight + product
     magnitude = layer.lora_magnitude_vector.get_parameter(f"{name}.weight").float()
-    return (magnitude / torch.linalg.vector_norm(adapted, dim=1))[:, None] * adapted - weight
+    ratio = magnitude / torch.linalg.vector_norm(adapted, dim=1)
+    return strength * (ratio[:, None] * adapted - weight)

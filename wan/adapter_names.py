@@ -8,8 +8,8 @@ by replacing underscores: `k_img` or `text_embedding_0` would break. `spec/lora_
 import re
 from typing import Literal
 
+from wan.adapter_choices import BLOCK_LINEARS
 from wan.key_names import transformer_name
-from wan.lora import BLOCK_LINEARS
 
 # "official": official names without a prefix, as DiffSynth-Studio writes them.
 Layout = Literal["comfy", "kohya", "diffusers", "peft", "official"]

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from wan.adapter_kinds import hadamard_factors, kronecker_factors
 from wan.adapter_values import DTYPES, Factors
 from wan.headers import ModelError
 
@@ -67,6 +66,20 @@ def product_factors(found: Mapping[str, Tensor], stem: str, alpha: float | None)
     parts = [tensor.float() for tensor in tensors]
     a, b = (hadamard_factors if names == HADA else kronecker_factors)(*parts)
     return Factors(a, b, 1.0 if alpha is None else alpha / rank)
+
+
+def hadamard_factors(
+    w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A (r r', in) and B (out, r r') with B A = (w1_a w1_b) * (w2_a w2_b), elementwise."""
+    a = (w1_b[:, None] * w2_b[None]).flatten(0, 1)
+    b = (w1_a[:, :, None] * w2_a[:, None]).flatten(1)
+    return a, b
+
+
+def kronecker_factors(w1: Tensor, w2_a: Tensor, w2_b: Tensor) -> tuple[Tensor, Tensor]:
+    """A (q rank, in) and B (out, q rank) with B A = kron(w1, w2_a w2_b)."""
+    return torch.kron(torch.eye(w1.shape[1]).to(w1), w2_b), torch.kron(w1, w2_a)
 
 
 def _checked_names(found: Mapping[str, Tensor], stem: str) -> tuple[str, ...]:

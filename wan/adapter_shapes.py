@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from wan.adapter_choices import BLOCK_LINEARS
 from wan.adapter_contents import Module
-from wan.lora import BLOCK_LINEARS
 from wan.variants import A14B, VARIANTS, TransformerFacts, Variant
 
 IMAGE_WIDTH = 1280  # of the CLIP features that the image-to-video models of Wan 2.1 attend to

@@ -11,11 +11,11 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from wan.adapter_choices import BLOCK_LINEARS
 from wan.adapter_layouts import CONFIGS, DORA, PEFT_CONFIG, PEFT_WEIGHTS
 from wan.adapter_names import Layout, block_linear, diffusers_name, stem_of
 from wan.adapter_values import Factors, check_growth, written_factors
 from wan.headers import ModelError
-from wan.lora import BLOCK_LINEARS
 from wan.safetensors_writer import data_sha256, legacy_hash, write_safetensors
 from wan.variants import VARIANTS
 

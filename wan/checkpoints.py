@@ -31,7 +31,7 @@ from wan.model_parts import part_of_diffusers, part_of_file, part_of_scan
 from wan.quantised_weight import FrozenFormat
 from wan.recognise import Part, Weights
 from wan.variants import TINY_PATH, Expert, Variant, variant
-from wan.weights import build_text_encoder, build_transformer, build_vae
+from wan.weights import OnBlock, build_text_encoder, build_transformer, build_vae
 
 HASH_WHOLE_BELOW = 256 * 2**20  # bytes
 HASHED_ENDS = 2**20  # bytes at either end of a larger file
@@ -94,13 +94,15 @@ def load_transformer(
     device: torch.device | str,
     frozen: FrozenFormat | None = None,
     pack_on: torch.device | str | None = None,
+    on_block: OnBlock | None = None,
 ) -> WanTransformer3DModel:
     """The frozen transformer of an expert, in `dtype` but for what diffusers keeps in fp32.
 
     The linears of its blocks are packed as `frozen` says (None = as loaded), on a device of their
-    own if one is given, as that of the training is faster at it than the CPU.
+    own if one is given, as that of the training is faster at it than the CPU. `on_block` is called
+    with each block once all of it is read.
     """
-    return build_transformer(model.parts[expert], dtype, device, frozen, pack_on)
+    return build_transformer(model.parts[expert], dtype, device, frozen, pack_on, on_block)
 
 
 def load_vae(model: Model, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKLWan:

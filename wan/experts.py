@@ -2,23 +2,26 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import chain
 from typing import Literal
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from wan.checkpoints import Model, load_transformer
 from wan.pinned import SideStream, lock_in_memory
 from wan.quantised_weight import FrozenFormat
+from wan.sharding import gather_ahead, shard_block
 from wan.speed import blocks_of
 from wan.streaming import BlockStream, stream_blocks
 from wan.strengths import without_adapter
 from wan.transformer import device_of
 from wan.variants import Expert
 
-Placement = Literal["resident", "swap", "stream"]
+Placement = Literal["resident", "swap", "stream", "shard"]
 ROOM = 2 * 2**30  # bytes to leave free when an expert is copied in beside the other
 
 
@@ -28,8 +31,9 @@ class Experts(Mapping[Expert, WanTransformer3DModel]):
     "resident": all are on the device. "swap": asking for one of two swaps it with the other; frozen
     weights keep their place in host memory while they are on the device, so that a swap copies one
     expert in and none out. "stream": the blocks of all stay in host memory, and each is on the
-    device while it is at work. What is trained stays on the device. All are always loaded, as a
-    preview needs the other expert even when only one is trained.
+    device while it is at work. "shard": the blocks of all are on the device, of each the share of
+    this process. What is trained stays on the device. All are always loaded, as a preview needs the
+    other expert even when only one is trained.
     """
 
     def __init__(
@@ -127,16 +131,23 @@ def load_experts(
     device: torch.device,
     placement: Placement = "swap",
     frozen: FrozenFormat | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Experts:
     """All experts of the model, frozen: on the device if resident, else in host memory.
 
-    The linears of their blocks are packed as `frozen` says; None = as loaded.
+    The linears of their blocks are packed as `frozen` says; None = as loaded. To "shard", each
+    process of the `mesh` reads everything, and of each block keeps its share alone, as soon as that
+    block is read: of what it does not keep it never holds more than a few blocks.
     """
+    assert (placement == "shard") == (mesh is not None), "a mesh is what a base is sharded over"
     home = device if placement == "resident" else "cpu"
-    loaded: dict[Expert, WanTransformer3DModel] = {
-        expert: load_transformer(model, expert, dtype, home, frozen, device)
-        for expert in model.variant.experts
-    }
+    on_block = partial(shard_block, mesh=mesh) if mesh else None
+    loaded: dict[Expert, WanTransformer3DModel] = {}
+    for expert in model.variant.experts:
+        transformer = load_transformer(model, expert, dtype, home, frozen, device, on_block)
+        if mesh:
+            gather_ahead(blocks_of(transformer))
+        loaded[expert] = transformer
     return Experts(loaded, device, placement)
 
 

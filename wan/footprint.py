@@ -13,8 +13,8 @@ from typing import cast
 
 import torch
 
+from wan.adapter_choices import split_module
 from wan.headers import read_header
-from wan.lora import split_module
 from wan.memory import MARGIN, Auto, BlockBytes, keep_that_fits, peak
 from wan.quantised_weight import NF4_BLOCK, ROW_FORMATS, FrozenFormat
 from wan.recognise import Weights
@@ -27,7 +27,8 @@ GIB = 2**30
 BESIDE = 0.15 * GIB  # rotary tables, work space of the kernels
 CONTEXT = 0.5 * GIB  # of CUDA, outside of what PyTorch counts
 TRAINED = 4 + 4 + 8  # bytes of a number that is trained: itself, its gradient, AdamW's two
-PRESENT_BLOCKS = 2  # of a model that streams: one at work, one on its way
+PRESENT_BLOCKS = 2  # of a model that streams or is sharded: one at work, one on its way
+SHARES = 2  # of a sharded model, counted for the fewest GPUs: with more there is less on each
 
 # Fitted: bytes for each token and channel that pass within a block at work, forward and backward.
 PASSING = 34.4  # and those of the feed-forward part:
@@ -127,7 +128,8 @@ def resting_bytes(experts: Sequence[ExpertWeights], placement: str) -> int:
     if placement == "swap":
         return max(expert.whole for expert in experts)
     present = max(PRESENT_BLOCKS * expert.block for expert in experts)
-    return present + sum(expert.outside for expert in experts)
+    shares = sum(e.layers * e.block for e in experts) // SHARES if placement == "shard" else 0
+    return present + shares + sum(expert.outside for expert in experts)
 
 
 def host_bytes(experts: Sequence[ExpertWeights], placement: str) -> int:
@@ -152,7 +154,8 @@ def block_bytes(load: Load, keep: Keep) -> BlockBytes:
     else:
         in_parts = load.batch * min(load.tokens, FFN_TOKENS)
         passing = tokens * PASSING * width + in_parts * PASSING_FFN * ffn
-    passing += {"host": 8, "nothing": 2}.get(keep, 0) * tokens * width
+    # host: its input, the one before it on its way, its output once more, and the gradient of that
+    passing += {"host": 16, "nothing": 2}.get(keep, 0) * tokens * width
     return _with_whole_weight(load, kept, kept + passing)
 
 

@@ -7,7 +7,7 @@ reads the tensors then finds that nothing is called so. Source: `spec/wan22.md` 
 
 import re
 
-from wan.lora import BLOCK_LINEARS
+from wan.adapter_choices import BLOCK_LINEARS
 from wan.variants import Variant
 
 EMBEDDING = "shared.weight"  # of the text encoder: the name that stands for both

@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wan.adapter_kinds import scale_of
+from wan.adapter_choices import BLOCK_LINEARS, scale_of, split_module
 from wan.adapter_layouts import DORA, read_any
 from wan.adapter_names import Layout, diffusers_name, stem_of
 from wan.adapter_products import PRODUCT, product_factors, written_products
 from wan.adapter_values import Factors, written_factors
 from wan.adapter_writing import dora_tensors, entries_of, named_tensors, write_layout
 from wan.headers import ModelError
-from wan.lora import BLOCK_LINEARS, split_module
 from wan.lora_metadata import AdapterInfo, metadata
 from wan.safetensors_writer import data_sha256, file_hashes, legacy_hash, write_safetensors
 from wan.variants import Expert
@@ -159,11 +158,11 @@ def read_adapter(path: Path) -> tuple[dict[str, Tensor], int, dict[str, str]]:
     """(state with diffusers names in fp32, rank, metadata) of an adapter file of any layout.
 
     The scale is in B, so the state belongs to an adapter whose alpha equals its rank, the largest
-    of the file; LoHa and LoKr come as the plain LoRA that they equal. `ModelError` if the file is
-    missing, broken, no such adapter on linears of Wan 2.2's blocks, or (a file of ours) not what
-    was written.
+    of the file; LoHa and LoKr come as the plain LoRA that they equal, a DoRA with its `dora_scale`
+    (out, 1). `ModelError` if the file is missing, broken, no such adapter on linears of Wan 2.2's
+    blocks, or (a file of ours) not what was written.
     """
-    file = read_any(path)
+    file = read_any(path, with_dora=True)
     state: dict[str, Tensor] = {}
     for official, factors in file.modules.items():
         module = diffusers_name(official)
@@ -174,6 +173,8 @@ def read_adapter(path: Path) -> tuple[dict[str, Tensor], int, dict[str, str]]:
             )
         state[f"{module}{FACTORS[0]}"] = factors.a.float()
         state[f"{module}{FACTORS[1]}"] = factors.b.float() * factors.scale
+        if official in file.dora:
+            state[f"{module}.{DORA}"] = file.dora[official].float()
     return state, max(factors.rank for factors in file.modules.values()), file.metadata
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 
-from wan.adapter_kinds import Kind
-from wan.checkpoints import ModelError
+from wan.adapter_choices import Kind
 from wan.flow import expert_range
+from wan.headers import ModelError
 from wan.variants import TRAIN_TIMESTEPS, Expert, Variant
 
 FORMAT_VERSION = "1"

@@ -17,6 +17,7 @@ from torch import nn
 
 from wan.context import context_of, most_of_all, rows_of_tokens
 from wan.frozen_linear import FrozenLinear
+from wan.sharding import passes_with
 from wan.speed import KEEPS, Keep, blocks_of, prepare_blocks
 
 Auto = Literal["auto"]
@@ -47,8 +48,8 @@ def set_up_blocks(
     chosen: tuple[Keep, ...] = ("everything" if keep == "auto" else keep,) * count
     if keep == "auto" and device.type == "cuda":
         free = free_bytes(device, [p for p in transformer.parameters() if p.requires_grad])
-        # Processes that share a sequence keep alike: what one computes again takes them all.
-        budget = -most_of_all(context_of(transformer), device, -free)[0]
+        # Processes that share passes keep alike: what one computes again takes them all.
+        budget = -most_of_all(passes_with(transformer), device, -free)[0]
         measured = cache(partial(measure_block, transformer, shape, rows, compiled))
         chosen = keep_that_fits(count, budget, measured)
         if set(chosen) == {"everything"}:
@@ -131,7 +132,8 @@ def measure_block(
     measured = step()
     for parameter in block.parameters():
         parameter.grad = None
-    return BlockBytes(*most_of_all(context, device, measured.kept, measured.peak))
+    most = most_of_all(passes_with(transformer), device, measured.kept, measured.peak)
+    return BlockBytes(*most)
 
 
 def free_bytes(device: torch.device, parameters: Sequence[nn.Parameter]) -> int:

@@ -9,8 +9,8 @@ from typing import cast
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import nn
 
+from wan.adapter_choices import split_module
 from wan.frozen_linear import FrozenLinear
-from wan.lora import split_module
 from wan.quantised_weight import FrozenFormat, check_format, pack
 
 

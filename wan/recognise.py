@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from diffusers.quantizers.gguf.utils import dequantize_functions
-from gguf.constants import GGMLQuantizationType
-
 from wan.headers import Header, ModelError, TensorHeader, read_header
 from wan.key_names import library_name
 from wan.variants import Expert
@@ -43,7 +40,9 @@ EXTRAS = (*SCALES, ".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8",
 SCALE_DTYPES = ("F32", "BF16", "F16")
 FP8_METADATA = "_quantization_metadata"
 STORAGES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
-GGUF_STORAGES = {GGMLQuantizationType(kind).name for kind in dequantize_functions} | {"F16", "F32"}
+# What `wan.dequantise` reads. Named here, as to ask diffusers takes seconds.
+GGUF_STORAGES = {"F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q5_1", "Q4_K", "Q4_0"}
+GGUF_STORAGES |= {"Q4_1", "Q3_K", "Q2_K", "IQ4_NL", "IQ4_XS"}
 ADAPTER = re.compile(
     r"[._](lora_([AB]|up|down|magnitude_vector)|lokr_w\d|hada_w\d|dora_scale|diff_b|diff)(\.|_|$)"
 )

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from peft import LoraConfig
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from wan.adapted_linear import AdaptedLinear
-from wan.adapter_kinds import plain_factors
+from wan.adapter_kinds import Dora, Magnitude, adapted_norm, base_linear, plain_factors
+from wan.adapter_layouts import DORA
 from wan.lora import adapter_layers, keep_masters, lora_layers
 
 
@@ -46,9 +48,19 @@ def load_adapter(
             keep_masters(layer, name)
             for factor, parameter in zip("AB", plain_factors(layer, name), strict=True):
                 parameter.copy_(state[f"{module}.lora_{factor}.weight"])
+            if f"{module}.{DORA}" in state:
+                _make_dora(layer, name, state[f"{module}.{DORA}"])
         active = [other for other, strength in strengths.items() if strength]
         for layer in lora_layers(transformer).values():
             layer.set_adapter([*active, name])
+
+
+def _make_dora(layer: LoraLinear, name: str, scale: Tensor) -> None:
+    """Give an adapter the scale of a file (out, 1), m |W| / |W + B A| as loaders take it."""
+    magnitude = Magnitude(base_linear(layer))
+    layer.lora_magnitude_vector[name], layer.lora_variant[name] = magnitude, Dora()
+    share = scale[:, 0].to(magnitude.base_norm) / magnitude.base_norm
+    magnitude.weight.copy_(share * adapted_norm(layer, name)).requires_grad_(False)
 
 
 def _ranks_that_fit(
@@ -56,7 +68,8 @@ def _ranks_that_fit(
 ) -> dict[str, int]:
     """The rank in each module of a state; `ValueError` if the model has no such linear."""
     ranks: dict[str, int] = {}
-    for module in dict.fromkeys(key.rpartition(".lora_")[0] for key in state):
+    factors = (key for key in state if not key.endswith(f".{DORA}"))
+    for module in dict.fromkeys(key.rpartition(".lora_")[0] for key in factors):
         a, b = (state[f"{module}.lora_{factor}.weight"] for factor in "AB")
         found, ranks[module] = (b.shape[0], a.shape[1]), a.shape[0]
         try:

@@ -6,6 +6,7 @@ the mapped file, which the system takes back when it needs them). Nothing here a
 Source: `spec/wan22.md` sections 5.3 and 7, traps 9 to 12 and 20.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,16 +24,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
+from wan.adapter_choices import split_module
 from wan.dequantise import dequantise_fp8, dequantise_gguf, gguf_tensors, quantisation
 from wan.frozen_linear import FrozenLinear
 from wan.headers import ModelError
 from wan.key_names import TIED_EMBEDDING, library_name
-from wan.lora import split_module
 from wan.quantised_weight import FrozenFormat, PackedWeight, check_format, fp8_as_stored, pack
 from wan.recognise import EXTRAS, SCALES, Weights
 
 Device = torch.device | str
 Readers = Mapping[str, Callable[[], Tensor]]  # how to read each tensor of a file, by its name
+OnBlock = Callable[[nn.Module], None]
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,21 @@ def build_transformer(
     device: Device,
     frozen: FrozenFormat | None = None,
     pack_on: Device | None = None,
+    on_block: OnBlock | None = None,
 ) -> WanTransformer3DModel:
     """The frozen transformer in `dtype`, but for what diffusers keeps in fp32, in every layout.
 
     The linears of blocks are packed as `frozen` says, one by one as they are read, on a device of
     their own if one is given. What the file has in that format already stays as it is stored, and
-    so does what a GGUF quantised, unless a format is asked for. `ModelError` unless the files hold
-    exactly the model's tensors, and if the format cannot be had.
+    so does what a GGUF quantised, unless a format is asked for. `on_block` gets each block once all
+    of it is read. `ModelError` unless the files hold exactly the model's tensors, and if the format
+    cannot be had.
     """
     check_format(frozen)
     model = empty_transformer(weights.config)
     kept = WanTransformer3DModel._keep_in_fp32_modules or ()
-    _fill(model, weights, dtype, device, kept, frozen, pack_on)
+    packing = partial(_packed, weights, frozen, pack_on or device)
+    _fill(model, weights, dtype, device, kept, packing, on_block)
     # Built anew: its tables are in no file, and nothing computes them from a model without memory.
     config = model.config
     model.rope = WanRotaryPosEmbed(
@@ -73,7 +78,7 @@ def build_transformer(
 def build_vae(weights: Weights, dtype: torch.dtype, device: Device) -> AutoencoderKLWan:
     """The frozen VAE, 2.1 or 2.2, in `dtype`; `ModelError` as for a transformer."""
     model = empty_vae(weights.config)
-    _fill(model, weights, dtype, device, ())
+    _fill(model, weights, dtype, device, (), None)
     return model.eval().requires_grad_(False)
 
 
@@ -82,7 +87,7 @@ def build_text_encoder(weights: Weights, dtype: torch.dtype, device: Device) -> 
     model = empty_text_encoder(weights.config)
     # As transformers does: some of its layers overflow in fp16, and in no other dtype.
     kept = model._keep_in_fp32_modules if dtype == torch.float16 else None
-    _fill(model, weights, dtype, device, tuple(kept or ()))
+    _fill(model, weights, dtype, device, tuple(kept or ()), None)
     model.encoder.embed_tokens.weight = model.shared.weight
     return model.eval().requires_grad_(False)
 
@@ -134,14 +139,15 @@ def _fill(
     dtype: torch.dtype,
     device: Device,
     kept: Sequence[str],
-    frozen: FrozenFormat | None = None,
-    pack_on: Device | None = None,
+    packing: Callable[[_Stored, Tensor], PackedWeight | None] | None,
+    on_block: OnBlock | None = None,
 ) -> None:
     """Put every tensor in its place, in `dtype`, or fp32 where a part of its name is in `kept`."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     shapes.pop(TIED_EMBEDDING, None)
     tensors = _stored_tensors(weights)
     _check_names(weights, list(shapes), list(tensors))
+    missing = Counter(map(_block_of, shapes))
     for name, stored in tensors.items():
         tensor = _as_stored(weights, stored)
         if _shape(tensor) != shapes[name]:
@@ -151,28 +157,42 @@ def _fill(
                 "model again"
             )
         path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
+        module, block = model.get_submodule(path), _block_of(name)
         # wan/transformer.py needs what is outside of its blocks whole.
-        if leaf == "weight" and isinstance(module, nn.Linear) and split_module(path):
-            packed = _packed(weights, stored, tensor, frozen, pack_on or device)
-            if packed:
-                model.set_submodule(path, FrozenLinear(packed.to(device), module, dtype))
-                continue
-        wanted = torch.float32 if any(part in kept for part in name.split(".")) else dtype
-        if isinstance(tensor, GGUFParameter):
-            whole = dequantise_gguf(cast("GGUFParameter", tensor), wanted).to(device)
+        in_linear = leaf == "weight" and isinstance(module, nn.Linear) and split_module(path)
+        packed = packing(stored, tensor) if packing and in_linear else None
+        if packed:
+            linear = FrozenLinear(packed.to(device), cast("nn.Linear", module), dtype)
+            model.set_submodule(path, linear)
         else:
-            # A copy: a file that is replaced under a run must not change its model.
-            whole = _whole(weights, stored, tensor, device).to(wanted, copy=True)
-        setattr(module, leaf, nn.Parameter(whole, requires_grad=False))
+            wanted = torch.float32 if any(part in kept for part in name.split(".")) else dtype
+            whole = _unpacked(weights, stored, tensor, device, wanted)
+            setattr(module, leaf, nn.Parameter(whole, requires_grad=False))
+        missing[block] -= 1
+        if on_block and block and not missing[block]:
+            on_block(model.get_submodule(block))
+
+
+def _block_of(name: str) -> str:
+    """blocks.3 of blocks.3.norm2.weight; nothing of what is outside of blocks."""
+    return ".".join(name.split(".")[:2]) if name.startswith("blocks.") else ""
+
+
+def _unpacked(
+    weights: Weights, stored: _Stored, tensor: Tensor, device: Device, dtype: torch.dtype
+) -> Tensor:
+    if isinstance(tensor, GGUFParameter):
+        return dequantise_gguf(cast("GGUFParameter", tensor), dtype).to(device)
+    # A copy: a file that is replaced under a run must not change its model.
+    return _whole(weights, stored, tensor, device).to(dtype, copy=True)
 
 
 def _packed(
     weights: Weights,
-    stored: _Stored,
-    tensor: Tensor,
     frozen: FrozenFormat | None,
     device: Device,
+    stored: _Stored,
+    tensor: Tensor,
 ) -> PackedWeight | None:
     """A linear's weight in the format, or as a GGUF stores it; None if it is to be whole."""
     if isinstance(tensor, GGUFParameter):
