@@ -57,12 +57,19 @@ def alarms(run: Run) -> dict[str, float]:
 
 @pytest.mark.parametrize("early_stop", [False, True])
 def test_overfitting_is_told_and_ends_that_expert_if_wanted(
-    run: Run, early_stop: bool, capsys: pytest.CaptureFixture[str]
+    run: Run,
+    early_stop: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    sent: list[str] = []  # tests/test_wandb.py has the way of an alert from there on
+    monkeypatch.setattr(run.tracker, "alert", lambda title, text: sent.append(f"{title}: {text}"))
     run.config.eval.early_stop = early_stop
     run = measured(run, [1.0, 0.5, 0.6, 0.7], [1.0, 0.5, 0.4, 0.3])
     conclude(run)
     said = capsys.readouterr().out
+    (alert,) = sent
+    assert alert.startswith("overfits: low expert: since step 1 its held-out loss has changed")
     assert "overfits   low expert: since step 1 its held-out loss has changed by +0.2000" in said
     assert ("ends early low expert" in said) == early_stop
     assert "high" not in said
