@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -121,3 +122,15 @@ def assert_same_run(one: Path, other: Path) -> None:
     for name in ours:
         assert same_tensors(ours[name][0], theirs[name][0])
         assert ours[name][1] == theirs[name][1]
+
+
+def assert_alike(folder: Path, whole: Path) -> None:
+    """Runs of one process and of several: the same up to how sums are rounded."""
+    for ours, theirs in zip(figures(folder), figures(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+    ours, theirs = last_state(folder), last_state(whole)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=2e-2, atol=2e-4)
+    assert digests(folder).keys() == digests(whole).keys()
+    assert exported(folder).keys() == exported(whole).keys()

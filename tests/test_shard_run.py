@@ -6,15 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.resumable_runs import (
     SHORT,
+    assert_alike,
     config_of,
-    digests,
-    exported,
-    figures,
-    last_state,
     left_after,
     make_data,
     run,
@@ -58,18 +54,6 @@ def launch(home: Path, model: Path, name: str, *settings: str) -> str:
 def whole(home: Path, toy_model: Path) -> Path:
     """The run of one process, with as many batches in a step."""
     return run(config_of(home, toy_model, "whole", *FEW))
-
-
-def assert_alike(folder: Path, whole: Path) -> None:
-    """Up to how sums are rounded."""
-    for ours, theirs in zip(figures(folder), figures(whole), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
-    ours, theirs = last_state(folder), last_state(whole)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=2e-2, atol=2e-4)
-    assert digests(folder).keys() == digests(whole).keys()
-    assert exported(folder).keys() == exported(whole).keys()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from wan import lora
 from wan.adapter_choices import target_modules
 from wan.checkpoints import find_model, load_vae
 from wan.conditioning import Condition, channels_condition
-from wan.experts import load_experts
+from wan.experts import Experts, load_experts
 from wan.key_names import vae_config
 from wan.latents import decode_latents
 from wan.memory import set_up_blocks
@@ -65,30 +65,30 @@ def bench_model(folder: Path, facts: Variant, shape: Shape, sample_steps: int) -
         moving = time.perf_counter()
         _ = experts[facts.experts[0]]
         found |= _spent("swap", moving)
+    found |= _sample(experts, facts, shape, sample_steps, device)
+    found["host_peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1)
+    return found
+
+
+def _sample(
+    experts: Experts, facts: Variant, shape: Shape, sample_steps: int, device: torch.device
+) -> dict[str, object]:
+    """Seconds and memory of a sample's steps and of its decoding."""
     settings = SampleSettings(sample_steps, facts.sample_shift, facts.guidance, *shape)
     text = pad_text([torch.randn(20, facts.transformer.text_dim)], facts.text_len).to(device)
-    condition = None
+    condition = Condition()
     if facts.conditioning == "channels":
         latents = torch.randn(1, *facts.geometry.latent_shape(*shape), device=device)
         condition = Condition(channels=channels_condition(latents, last=False))
     if sample_steps == 4:
         settings = distilled(settings)
     started = time.perf_counter()
-    sampled = sample_latents(
-        experts,
-        distilled(settings) if sample_steps == 4 else settings,
-        facts,
-        text,
-        text,
-        [0],
-        condition or Condition(),
-    )
-    found |= _spent(f"sample_{sample_steps}_steps", started)
+    sampled = sample_latents(experts, settings, facts, text, text, [0], condition)
+    found = _spent(f"sample_{sample_steps}_steps", started)
     started = time.perf_counter()
     video = decode_latents(make_vae(facts, torch.float32, device), sampled)
     found |= _spent("decode", started)
     assert video.isfinite().all()
-    found["host_peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1)
     return found
 
 
