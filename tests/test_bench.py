@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tools.bench_sample import bench_sample
 from tools.bench_step import FORMATS, adapted, bench_steps, gradient_errors, reference
 from wan.lora import adapter_state
 from wan.variants import VARIANTS
@@ -45,3 +46,13 @@ def test_fewer_bits_cost_what_is_said_of_them() -> None:
     order = [errors[name]["relative"] for name in ("bf16", "int8", "fp8_weights", "fp8", "nf4")]
     assert order == sorted(order)
     assert errors["nf4"]["cosine"] > 0.98
+
+
+def test_a_sample_is_timed_expert_by_expert() -> None:
+    found = bench_sample(TINY, 2, (5, 32, 32), 8, "swap", None)
+    assert (found["high_steps"], found["low_steps"]) == (4, 4)
+    for phase in ("high", "low", "decode"):
+        seconds = found[f"{phase}_seconds"]
+        assert isinstance(seconds, float)
+        assert seconds >= 0
+    assert bench_sample(TINY, 2, (5, 32, 32), 4, "swap", None)["guidance"] == [1.0, 1.0]

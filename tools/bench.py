@@ -4,6 +4,7 @@ python -m tools.bench step                                  # on a GPU: floor, r
 python -m tools.bench gradients                             # exactness of each format of weights
 python -m tools.bench profile --blocks 4 --keep attention   # which kernels take how long
 python -m tools.bench fit --cap 24 --frozen nf4             # a whole expert on a smaller card
+python -m tools.bench sample --steps 40                     # both experts, random weights, by phase
 python -m tools.bench cache DIR --clips 48 --workers 8      # DIR holds a few videos; on a GPU
 python -m tools.bench cache datasets/demo/train --variant tiny --clips 16
 python -m tools.bench model DIR --variant t2v_a14b          # DIR of python -m tools.random_model
@@ -32,9 +33,10 @@ from tools.bench_cache import bench_cache
 from tools.bench_fit import Setup, bench_fit
 from tools.bench_model import bench_model
 from tools.bench_profile import bench_profile
-from tools.bench_step import Shape, bench_steps, gradient_errors
+from tools.bench_sample import bench_sample
+from tools.bench_step import PRESETS, Shape, bench_steps, gradient_errors
 from wan.speed import KEEPS
-from wan.variants import VARIANTS
+from wan.variants import VARIANTS, Variant
 
 SHAPES: list[Shape] = [(81, 480, 832), (1, 1024, 1024)]
 
@@ -47,23 +49,30 @@ def main() -> None:
     what = parser.add_subparsers(required=True, dest="what")
     step, gradients = (what.add_parser(name) for name in ("step", "gradients"))
     profile, fit = (what.add_parser(name) for name in ("profile", "fit"))
-    cache, model = (what.add_parser(name) for name in ("cache", "model"))
-    for each in (step, gradients, profile, fit, cache, model):
+    sample, cache, model = (what.add_parser(name) for name in ("sample", "cache", "model"))
+    for each in (step, gradients, profile, fit, sample, cache, model):
         each.add_argument("--variant", choices=VARIANTS, default="t2v_a14b")
     for each, default in (
         (step, SHAPES),
         (gradients, SHAPES[1:]),
+        (profile, SHAPES),
         (fit, SHAPES[:1]),
+        (sample, SHAPES[:1]),
         (model, None),
     ):
         each.add_argument("--shapes", type=_shape, nargs="+", default=default, help="81x480x832 …")
-    for each, default in ((step, 40), (gradients, 4), (profile, 4), (fit, 40)):
+    for each, default in ((step, 40), (gradients, 4), (profile, 4), (fit, 40), (sample, 40)):
         each.add_argument("--blocks", type=int, default=default)
     step.add_argument("--rounds", type=int, default=3)
+    names = [preset.name for preset in PRESETS]
+    step.add_argument("--presets", nargs="+", choices=names, default=names, help="all by default")
     fit.add_argument("--cap", type=float, help="GiB of the card; all of it by default")
     fit.add_argument("--placement", choices=("resident", "stream"), default="resident")
-    for each in (profile, fit):
+    sample.add_argument("--placement", choices=("resident", "swap", "stream"), default="swap")
+    sample.add_argument("--steps", type=int, default=40, help="4: distilled, without guidance")
+    for each in (profile, fit, sample):
         each.add_argument("--frozen", choices=("fp8", "fp8_weights", "int8", "nf4"))
+    for each in (profile, fit):
         each.add_argument("--keep", choices=("auto", *KEEPS), default="auto")
     fit.add_argument("--steps", type=int, default=3)
     fit.add_argument("--eager", action="store_true")
@@ -73,40 +82,57 @@ def main() -> None:
     cache.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     model.add_argument("folder", type=Path)
     model.add_argument("--sample-steps", type=int, default=4)
-    run(parser.parse_args())
+    for each, measure in (
+        (step, _step),
+        (gradients, _gradients),
+        (profile, _profile),
+        (fit, _fit),
+        (sample, _sample),
+        (cache, _cache),
+        (model, _model),
+    ):
+        each.set_defaults(measure=measure)
+    arguments = parser.parse_args()
+    arguments.measure(VARIANTS[arguments.variant], arguments)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Measure what was asked for."""
-    facts = VARIANTS[arguments.variant]
-    if arguments.what == "step":
-        bench_steps(facts, arguments.blocks, arguments.shapes, arguments.rounds)
-    elif arguments.what == "gradients":
-        for shape in arguments.shapes:
-            print(json.dumps(gradient_errors(facts, arguments.blocks, shape)), flush=True)
-    elif arguments.what == "profile":
-        for shape in arguments.shapes:
-            bench_profile(facts, arguments.blocks, shape, arguments.frozen, arguments.keep)
-    elif arguments.what == "fit":
-        setup = Setup(
-            arguments.cap,
-            arguments.placement,
-            arguments.frozen,
-            arguments.keep,
-            compiled=not arguments.eager,
-            steps=arguments.steps,
-        )
-        for shape in arguments.shapes:
-            print(json.dumps(bench_fit(facts, arguments.blocks, shape, setup)), flush=True)
-    elif arguments.what == "cache":
-        dtype = getattr(torch, arguments.dtype)
-        found = bench_cache(arguments.folder, facts, arguments.clips, arguments.workers, dtype)
-        print(json.dumps(found))
-    else:
-        shapes = arguments.shapes or [(facts.frames, facts.height, facts.width)]
-        for shape in shapes:
-            found = bench_model(arguments.folder, facts, shape, arguments.sample_steps)
-            print(json.dumps(found), flush=True)
+def _step(facts: Variant, asked: argparse.Namespace) -> None:
+    presets = [preset for preset in PRESETS if preset.name in asked.presets]
+    bench_steps(facts, asked.blocks, asked.shapes, asked.rounds, presets)
+
+
+def _gradients(facts: Variant, asked: argparse.Namespace) -> None:
+    for shape in asked.shapes:
+        print(json.dumps(gradient_errors(facts, asked.blocks, shape)), flush=True)
+
+
+def _profile(facts: Variant, asked: argparse.Namespace) -> None:
+    for shape in asked.shapes:
+        bench_profile(facts, asked.blocks, shape, asked.frozen, asked.keep)
+
+
+def _fit(facts: Variant, asked: argparse.Namespace) -> None:
+    compiled = not asked.eager
+    setup = Setup(asked.cap, asked.placement, asked.frozen, asked.keep, compiled, asked.steps)
+    for shape in asked.shapes:
+        print(json.dumps(bench_fit(facts, asked.blocks, shape, setup)), flush=True)
+
+
+def _sample(facts: Variant, asked: argparse.Namespace) -> None:
+    for shape in asked.shapes:
+        setup = (asked.steps, asked.placement, asked.frozen)
+        print(json.dumps(bench_sample(facts, asked.blocks, shape, *setup)), flush=True)
+
+
+def _cache(facts: Variant, asked: argparse.Namespace) -> None:
+    dtype = getattr(torch, asked.dtype)
+    print(json.dumps(bench_cache(asked.folder, facts, asked.clips, asked.workers, dtype)))
+
+
+def _model(facts: Variant, asked: argparse.Namespace) -> None:
+    for shape in asked.shapes or [(facts.frames, facts.height, facts.width)]:
+        found = bench_model(asked.folder, facts, shape, asked.sample_steps)
+        print(json.dumps(found), flush=True)
 
 
 def _shape(text: str) -> Shape:

@@ -72,17 +72,23 @@ Loss = Callable[[WanTransformer3DModel, Inputs], Tensor]
 
 
 def bench_steps(
-    facts: Variant, blocks: int, shapes: Sequence[Shape], rounds: int
+    facts: Variant,
+    blocks: int,
+    shapes: Sequence[Shape],
+    rounds: int,
+    presets: Sequence[Preset] = PRESETS,
 ) -> list[dict[str, object]]:
     """One line for each shape and preset: seconds, GiB, and the ratios to floor and reference."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = []
     formats: list[FrozenFormat | None] = [None, "fp8"]
     for frozen in formats:
+        if frozen not in {preset.frozen for preset in presets}:
+            continue
         model = adapted(facts, blocks, torch.bfloat16, device, frozen)
         for shape in shapes:
             inputs = random_inputs(facts, shape, device)
-            for preset in PRESETS:
+            for preset in presets:
                 if preset.frozen == frozen and _worth_it(preset, shape):
                     line: dict[str, object] = {
                         "shape": list(shape),

@@ -6,6 +6,7 @@ the last block at the run's largest shape; then as much is kept as fits. Source:
 section 8.
 """
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -47,6 +48,8 @@ def set_up_blocks(
     device, count = transformer.device, len(blocks_of(transformer))
     chosen: tuple[Keep, ...] = ("everything" if keep == "auto" else keep,) * count
     if keep == "auto" and device.type == "cuda":
+        for linear in _in_fp8(transformer):
+            linear.turned = None  # of a smaller shape, if at all
         free = free_bytes(device, [p for p in transformer.parameters() if p.requires_grad])
         # Processes that share passes keep alike: what one computes again takes them all.
         budget = -most_of_all(passes_with(transformer), device, -free)[0]
@@ -60,10 +63,15 @@ def set_up_blocks(
 
 def turn_weights(transformer: WanTransformer3DModel, room: int) -> None:
     """Keep weights in fp8 a second time, turned for the gradient of their inputs, if all fit."""
-    packed = [m for m in transformer.modules() if isinstance(m, FrozenLinear) and m.format == "fp8"]
+    packed = _in_fp8(transformer)
     if sum(linear.qweight.nbytes for linear in packed) <= room:
         for linear in packed:
             linear.turn()
+
+
+def _in_fp8(transformer: WanTransformer3DModel) -> list[FrozenLinear]:
+    linears = [m for m in transformer.modules() if isinstance(m, FrozenLinear)]
+    return [linear for linear in linears if linear.format == "fp8"]
 
 
 def keep_that_fits(
@@ -138,6 +146,7 @@ def measure_block(
 
 def free_bytes(device: torch.device, parameters: Sequence[nn.Parameter]) -> int:
     """What activations may fill: all that is free, less what gradients and optimizer will take."""
+    gc.collect()  # a model that is gone holds its memory until then
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     trained = sum(parameter.nbytes for parameter in parameters)
