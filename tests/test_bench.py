@@ -49,10 +49,11 @@ def test_fewer_bits_cost_what_is_said_of_them() -> None:
 
 
 def test_a_sample_is_timed_expert_by_expert() -> None:
-    found = bench_sample(TINY, 2, (5, 32, 32), 8, "swap", None)
+    found, distilled = bench_sample(TINY, 2, (5, 32, 32), [8, 4], "swap", None)
     assert (found["high_steps"], found["low_steps"]) == (4, 4)
     for phase in ("high", "low", "decode"):
         seconds = found[f"{phase}_seconds"]
         assert isinstance(seconds, float)
         assert seconds >= 0
-    assert bench_sample(TINY, 2, (5, 32, 32), 4, "swap", None)["guidance"] == [1.0, 1.0]
+    assert (distilled["high_steps"], distilled["low_steps"]) == (2, 2)
+    assert distilled["guidance"] == [1.0, 1.0]

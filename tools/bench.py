@@ -4,15 +4,17 @@ python -m tools.bench step                                  # on a GPU: floor, r
 python -m tools.bench gradients                             # exactness of each format of weights
 python -m tools.bench profile --blocks 4 --keep attention   # which kernels take how long
 python -m tools.bench fit --cap 24 --frozen nf4             # a whole expert on a smaller card
-python -m tools.bench sample --steps 40                     # both experts, random weights, by phase
+python -m tools.bench sample                                # both experts, random weights, by phase
 python -m tools.bench cache DIR --clips 48 --workers 8      # DIR holds a few videos; on a GPU
 python -m tools.bench cache datasets/demo/train --variant tiny --clips 16
 python -m tools.bench model DIR --variant t2v_a14b          # DIR of python -m tools.random_model
 
 `step` times a training step at full width with random weights, round by round beside the card's
 large kernels alone (the floor) and beside diffusers and PEFT as their documentation has it (the
-reference); all forty blocks by default. `gradients` compares the gradients of all adapters with
-those in fp32. `fit` trains a few steps under a cap of memory.
+reference); all forty blocks by default; then how far gradients are from those in fp32, for our bf16
+and for each format in fewer bits. `gradients` compares the gradients of all adapters with those in
+fp32. `fit` trains a few steps under a cap of memory. `sample` samples a video with both experts and
+decodes it.
 
 `cache` fills a cache with clips of DIR (repeated until there are enough, each its own file) and
 compares with the VAE alone on the same tensors, already in memory: their ratio is the share of the
@@ -25,6 +27,7 @@ each took (of the steps, the second) and the peak of memory. Each prints lines o
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -35,9 +38,10 @@ from tools.bench_model import bench_model
 from tools.bench_profile import bench_profile
 from tools.bench_sample import bench_sample
 from tools.bench_step import PRESETS, Shape, bench_steps, gradient_errors
-from wan.speed import KEEPS
+from wan.speed_choices import KEEPS, FrozenFormat
 from wan.variants import VARIANTS, Variant
 
+EXACT_BLOCKS = 2  # in fp32 beside
 SHAPES: list[Shape] = [(81, 480, 832), (1, 1024, 1024)]
 
 
@@ -63,13 +67,15 @@ def main() -> None:
         each.add_argument("--shapes", type=_shape, nargs="+", default=default, help="81x480x832 …")
     for each, default in ((step, 40), (gradients, 4), (profile, 4), (fit, 40), (sample, 40)):
         each.add_argument("--blocks", type=int, default=default)
-    step.add_argument("--rounds", type=int, default=3)
+    step.add_argument("--rounds", type=int, default=2)
     names = [preset.name for preset in PRESETS]
     step.add_argument("--presets", nargs="+", choices=names, default=names, help="all by default")
     fit.add_argument("--cap", type=float, help="GiB of the card; all of it by default")
     fit.add_argument("--placement", choices=("resident", "stream"), default="resident")
     sample.add_argument("--placement", choices=("resident", "swap", "stream"), default="swap")
-    sample.add_argument("--steps", type=int, default=40, help="4: distilled, without guidance")
+    sample.add_argument(
+        "--steps", type=int, nargs="+", default=[4, 40], help="4: distilled, without guidance"
+    )
     for each in (profile, fit, sample):
         each.add_argument("--frozen", choices=("fp8", "fp8_weights", "int8", "nf4"))
     for each in (profile, fit):
@@ -99,6 +105,11 @@ def main() -> None:
 def _step(facts: Variant, asked: argparse.Namespace) -> None:
     presets = [preset for preset in PRESETS if preset.name in asked.presets]
     bench_steps(facts, asked.blocks, asked.shapes, asked.rounds, presets)
+    formats: list[FrozenFormat | None] = [None, *(p.frozen for p in presets if p.frozen)]
+    if len(formats) > 1:
+        least = min(asked.shapes, key=math.prod)
+        errors = gradient_errors(facts, EXACT_BLOCKS, least, formats)
+        print(json.dumps({"gradients_against_fp32": errors}), flush=True)
 
 
 def _gradients(facts: Variant, asked: argparse.Namespace) -> None:
@@ -120,8 +131,7 @@ def _fit(facts: Variant, asked: argparse.Namespace) -> None:
 
 def _sample(facts: Variant, asked: argparse.Namespace) -> None:
     for shape in asked.shapes:
-        setup = (asked.steps, asked.placement, asked.frozen)
-        print(json.dumps(bench_sample(facts, asked.blocks, shape, *setup)), flush=True)
+        bench_sample(facts, asked.blocks, shape, asked.steps, asked.placement, asked.frozen)
 
 
 def _cache(facts: Variant, asked: argparse.Namespace) -> None:

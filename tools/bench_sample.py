@@ -1,11 +1,12 @@
 """Samples by both experts on random weights, by phase: each expert's steps, its swap, decoding.
 
 Weights are of the variant's full width, with adapters as in a preview; the blocks are compiled on a
-GPU. One sample of 2 steps comes first, so that no phase is charged for compiling.
+GPU. Two steps come first each time, so that no phase is charged for compiling.
 """
 
+import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,9 +17,10 @@ from tools.bench_model import make_vae
 from tools.bench_step import GIB, Shape, adapted, peak_bytes, reset_peak, synchronise
 from wan.experts import Experts, Placement
 from wan.latents import decode_latents
-from wan.quantised_weight import FrozenFormat
-from wan.sampler import SampleSettings, distilled, sample_steps
+from wan.sample_settings import SampleSettings, distilled
+from wan.sampler import sample_steps
 from wan.speed import prepare_blocks
+from wan.speed_choices import FrozenFormat
 from wan.text import pad_text
 from wan.variants import Expert, Variant
 
@@ -51,37 +53,45 @@ def bench_sample(
     facts: Variant,
     blocks: int,
     shape: Shape,
-    steps: int,
+    lengths: Sequence[int],
     placement: Placement,
     frozen: FrozenFormat | None,
-) -> dict[str, object]:
-    """Seconds and peak GiB of each phase of one sample; 4 steps are a distilled sample's."""
+) -> list[dict[str, object]]:
+    """Seconds and peak GiB of each phase of samples of so many steps; 4 are a distilled one's."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     experts = _random_experts(facts, blocks, dtype, device, placement, frozen)
-    settings = SampleSettings(steps, facts.sample_shift, facts.guidance, *shape)
-    if steps == 4:
-        settings = distilled(settings)
     text = pad_text([torch.randn(60, facts.transformer.text_dim)], facts.text_len).to(device)
-    _time_steps(experts, replace(settings, steps=2), facts, text)  # compiles
-    found: dict[str, object] = {
-        "shape": list(shape),
-        "blocks": blocks,
-        "steps": steps,
-        "guidance": [settings.guidance.of(expert) for expert in experts],
-        "placement": placement,
-        "frozen": frozen,
-    }
-    latents, phases = _time_steps(experts, settings, facts, text)
-    found |= phases
-    reset_peak(device)
+    found = []
+    for steps in lengths:
+        settings = SampleSettings(steps, facts.sample_shift, facts.guidance, *shape)
+        if steps == 4:
+            settings = distilled(settings)
+        _time_steps(experts, replace(settings, steps=2), facts, text)  # compiles
+        line: dict[str, object] = {
+            "shape": list(shape),
+            "blocks": blocks,
+            "steps": steps,
+            "guidance": [settings.guidance.of(expert) for expert in experts],
+            "placement": placement,
+            "frozen": frozen,
+        }
+        latents, phases = _time_steps(experts, settings, facts, text)
+        line |= phases | _decoding(latents, facts)
+        print(json.dumps(line), flush=True)
+        found.append(line)
+    return found
+
+
+def _decoding(latents: Tensor, facts: Variant) -> dict[str, object]:
+    device = latents.device
     vae = make_vae(facts, torch.float32, device)
+    reset_peak(device)
     started = time.perf_counter()
     decode_latents(vae, latents)
     synchronise(device)
-    found["decode_seconds"] = round(time.perf_counter() - started, 2)
-    found["decode_peak_gib"] = round(peak_bytes(device) / GIB, 1)
-    return found
+    seconds, peak = time.perf_counter() - started, peak_bytes(device)
+    return {"decode_seconds": round(seconds, 2), "decode_peak_gib": round(peak / GIB, 1)}
 
 
 def _random_experts(

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -28,8 +29,10 @@ from wan.flow import timestep_of
 from wan.frozen_linear import FrozenLinear
 from wan.key_names import transformer_config
 from wan.memory import set_up_blocks
-from wan.quantised_weight import FrozenFormat, pack
-from wan.speed import Keep, blocks_of, prepare_blocks
+from wan.quantised_weight import pack
+from wan.speed import blocks_of, prepare_blocks
+from wan.speed_choices import FrozenFormat, Keep
+from wan.step_graphs import StepGraphs
 from wan.text import pad_text
 from wan.transformer import predict_velocity
 from wan.variants import Variant
@@ -117,25 +120,26 @@ def _measured(
     compiled = device.type == "cuda"
     keep = set_up_blocks(model, preset.keep or "auto", compiled, inputs.x.shape, rows=1)
     graphs = graphs_compiled()
+    recorded = StepGraphs(compiled)
+    theirs = sum(p.nbytes for other in few for p in other.parameters())
+    reset_peak(device)
     started = time.perf_counter()
-    step_seconds(model, our_loss, inputs)
+    step_seconds(model, our_loss, inputs, recorded)
     compiling = time.perf_counter() - started
+    step_seconds(model, our_loss, inputs, recorded)  # records, after which no peak can be seen
+    peak = max(0, peak_bytes(device) - theirs)
     for other in few:
         step_seconds(other, reference_loss, inputs)
     floors, references, ours = [], [], []
-    reset_peak(device)
-    static = allocated(device) - sum(p.nbytes for other in few for p in other.parameters())
-    peak = 0
     for _ in range(rounds):
-        reset_peak(device)
-        ours.append(step_seconds(model, our_loss, inputs))
-        peak = max(peak, peak_bytes(device) - allocated(device) + static)
+        ours.append(step_seconds(model, our_loss, inputs, recorded))
         fewer, more = (step_seconds(other, reference_loss, inputs) for other in few)
         slope = (more - fewer) / (REFERENCE_BLOCKS[1] - REFERENCE_BLOCKS[0])
         references.append(fewer + slope * (blocks - REFERENCE_BLOCKS[0]))
         floors.append(blocks * floor_seconds(facts, inputs, fp8=preset.frozen == "fp8"))
     seconds, floor = statistics.median(ours), statistics.median(floors)
     reference_seconds = statistics.median(references)
+    recorded.clear()
     del few
     _free()
     return {
@@ -152,16 +156,38 @@ def _measured(
     }
 
 
-def step_seconds(model: WanTransformer3DModel, loss: Loss, inputs: Inputs) -> float:
-    """A forward and a backward pass; no gradients are left."""
+def step_seconds(
+    model: WanTransformer3DModel, loss: Loss, inputs: Inputs, graphs: StepGraphs | None = None
+) -> float:
+    """A forward and a backward pass, recorded if there are graphs; no gradients are left.
+
+    Recorded, it is what `train.learner` does, and the loss is ours.
+    """
+    trained = lora.adapter_parameters(model)
     synchronise(inputs.x.device)
     started = time.perf_counter()
-    loss(model, inputs).backward()
+    if graphs is None:
+        loss(model, inputs).backward()
+    else:
+        share = inputs.timestep.new_ones(1)
+        graphs.add_gradients(
+            model,
+            trained,
+            partial(_errors, model),
+            (inputs.x, inputs.timestep, inputs.text, inputs.target),
+            share,
+        )
     synchronise(inputs.x.device)
     seconds = time.perf_counter() - started
     for parameter in model.parameters():
         parameter.grad = None
     return seconds
+
+
+def _errors(
+    model: WanTransformer3DModel, x: Tensor, timestep: Tensor, text: Tensor, target: Tensor
+) -> Tensor:
+    return our_loss(model, Inputs(x, timestep, text, target))[None]
 
 
 def floor_seconds(facts: Variant, inputs: Inputs, fp8: bool) -> float:

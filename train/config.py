@@ -39,7 +39,7 @@ from train.rules import (
     one_of,
 )
 from wan.adapter_choices import KINDS, PRESETS
-from wan.speed import BACKENDS, KEEPS
+from wan.speed_choices import ATTENTIONS, FROZEN_FORMATS, KEEPS
 from wan.variants import VARIANTS
 
 EMBEDDED = "embedded"  # model.path of the model that lies in this repository, wan/tiny
@@ -102,16 +102,19 @@ class SpeedConfig:
     frozen: str | None = key(
         None,
         "number format of the frozen linears; null = model.dtype, or as a GGUF file has them",
-        rule=one_of("fp8", "fp8_weights", "int8", "nf4"),
+        rule=one_of(*FROZEN_FORMATS),
     )
     attention: str = key(
-        "auto", "kernel of attention; auto = PyTorch's choice", rule=one_of(*BACKENDS)
+        "auto", "kernel of attention; auto = PyTorch's choice", rule=one_of(*ATTENTIONS)
     )
     compile: bool | None = key(None, "compile the blocks; null = where there is a GPU")
     keep: str = key(
         "auto",
         "activations that a step keeps rather than computes twice; auto = as fits the card",
         rule=one_of("auto", *KEEPS),
+    )
+    graphs: bool = key(
+        True, "launch each step of pictures and short clips as one CUDA graph, where compiled"
     )
     context: int = key(1, "processes that share a clip, each with its tokens", "processes", COUNT)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from data.buckets import Clip
 from train.encode import EncodedDataset
 from train.groups import Parts, in_parts
-from train.step import predicted_velocity
+from train.step import predicted_velocity, step_inputs
 from train.validate import HeldoutPlan, Progress, fixed_choice, samples_of
 from wan import flow
 from wan.strengths import without_adapter
@@ -80,14 +80,12 @@ def prior_drift(
             if plan.texts:
                 text = plan.texts[clip % len(plan.texts)]
                 batch = replace(batch, text=[text] * len(batch.clips))
-            device = device_of(transformer)
-            x0, noise = batch.latents.to(device, torch.float32), draw.noise.to(device)
-            asked = (batch, x0, noise, draw.sigma, facts)
-            adapted, weight = predicted_velocity(transformer, *asked)
+            asked = step_inputs(batch, draw, facts, device_of(transformer))
+            adapted = predicted_velocity(transformer, asked)
             if place == len(said):
                 with without_adapter(transformer):
-                    said.append(predicted_velocity(transformer, *asked)[0].cpu())
-            base, weight = said[place].to(device), weight[:, None]  # (B, 1, F, h, w)
+                    said.append(predicted_velocity(transformer, asked).cpu())
+            base, weight = said[place].to(adapted.device), asked.weight[:, None]  # (B, 1, F, h, w)
             moved += (weight * (adapted - base).square()).sum().item()
             whole += (weight * base.square()).sum().item()
         return torch.tensor([moved, whole], dtype=torch.float64)

@@ -15,18 +15,21 @@ from torch import Tensor, nn
 
 from data.batches import BatchOrder, Draws, load_batch
 from data.buckets import Bucket
-from train import ema, optim
+from train import optim
 from train.compose import lora_ranks, trained_experts
 from train.config import Config, ExpertConfig
+from train.ema import Average, averaged, follow_adapter, start_average
 from train.encode import EncodedDataset
 from train.groups import groups, own_group
-from train.speed import prepare_to_train
+from train.speed import prepare_to_train, records_steps
 from train.start import Start, begin
-from train.step import draw_noise, velocity_error
+from train.step import StepInputs, draw_noise, error_of, on_device, step_inputs
 from wan import flow, lora
 from wan.adapter_choices import Kind
 from wan.experts import Experts
-from wan.speed import Keep
+from wan.speed_choices import Keep
+from wan.step_graphs import StepGraphs
+from wan.transformer import device_of
 from wan.variants import Expert, Variant
 
 
@@ -48,12 +51,11 @@ class Learner:
     first_place: int = 0  # of step 0, had all steps been of as many batches as they are now
     bad_steps: int = 0  # skipped, as their loss or gradient was not finite
     bad_in_row: int = 0
-    ema: dict[str, Tensor] | None = None  # the average of the adapter, by names of its state
-    ema_decay: float = 0.0
+    ema: Average | None = None
     uses_ema: bool = False  # the average is what is measured, rendered and exported
-    shows_ema: bool = False  # the parameters are the average just now
     kept: tuple[Keep, ...] = ()  # what each block keeps for its backward pass
     place: int = 0  # of the batch at work
+    graphs: StepGraphs = field(default_factory=lambda: StepGraphs(False))
     updating: bool = False  # the optimizer is at work: an error now leaves an update half done
 
 
@@ -93,7 +95,6 @@ def make_learner(
     transformer = experts[expert].train()  # with the adapter beside its base
     named = lora.named_adapter_parameters(transformer)
     kept = prepare_to_train(transformer, config, facts, dataset)
-    average = {name: parameter.detach().clone() for name, parameter in named.items()}
     law, sigma_range = timestep_law(config), flow.expert_range(facts.boundary, expert)
     return Learner(
         expert=expert,
@@ -113,8 +114,7 @@ def make_learner(
         ),
         seed=seed,
         draws=sample_draws(config, facts, seed),
-        ema=average if config.lora.ema is not None else None,
-        ema_decay=config.lora.ema or 0.0,
+        ema=None if config.lora.ema is None else start_average(named, config.lora.ema),
         uses_ema=config.export.weights == "ema",
         kept=kept,
     )
@@ -129,10 +129,16 @@ def make_learners(
     processes: int,
 ) -> dict[Expert, Learner]:
     """A learner for each expert that is trained, in the order of the variant's experts."""
-    return {
+    learners: dict[Expert, Learner] = {
         expert: make_learner(expert, config, facts, experts, dataset, starts.get(expert), processes)
         for expert in trained_experts(config)
     }
+    kept: list[Keep] = [kind for learner in learners.values() for kind in learner.kept]
+    device = next(iter(learners.values())).parameters[0].device
+    graphs = StepGraphs(records_steps(config, device, kept))  # one for all: it holds one's at once
+    for learner in learners.values():
+        learner.graphs = graphs
+    return learners
 
 
 @contextmanager
@@ -142,7 +148,7 @@ def as_used(learners: Mapping[Expert, Learner]) -> Iterator[None]:
         stack.enter_context(optim.averaged(learner.optimizer for learner in learners.values()))
         for learner in learners.values():
             if learner.uses_ema:
-                stack.enter_context(ema.averaged(learner))
+                stack.enter_context(averaged(learner.ema))
         yield
 
 
@@ -243,10 +249,15 @@ def _pass(
     )
     seconds = time.monotonic() - started
     torch.manual_seed(flow.mix_seed(learner.seed, "dropout", place))  # for the adapter's own
-    losses = velocity_error(transformer, batch, draw, facts)
-    weighted = losses * batch.loss_weight.to(losses.device)
-    (weighted.mean() / config.accumulate).backward()
-    return _Pass(losses.detach(), draw.sigma, seconds)
+    device = device_of(transformer)
+    losses = learner.graphs.add_gradients(
+        transformer,
+        learner.parameters,
+        lambda *inputs: error_of(transformer, StepInputs(*inputs)),
+        step_inputs(batch, draw, facts, device),
+        on_device(batch.loss_weight * (1 / config.accumulate / len(batch.clips)), device),
+    )
+    return _Pass(losses, draw.sigma, seconds)
 
 
 def _waiting(seconds: float, accelerator: Accelerator) -> float:
@@ -325,7 +336,8 @@ def _update(learner: Learner, step: int, figures: StepFigures) -> None:
     if figures.problem is None:
         learner.updating = True
         _let_it_step(learner)
-        ema.update(learner, step)
+        if learner.ema is not None:
+            follow_adapter(learner.ema, step)
         learner.updating = False
         learner.bad_in_row = 0
     else:

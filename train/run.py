@@ -26,7 +26,8 @@ from train.groups import Parts, is_together, parts_of
 from train.health import adapter_health, summarised
 from train.history import History
 from train.learner import Learner, as_used
-from train.preview import PreviewPlan, Progress, Shot, render, save_samples
+from train.preview import Progress, render, save_samples
+from train.preview_plan import PreviewPlan, Shot
 from train.start import Start
 from train.stopping import Stopped, StopRequest, on_any
 from train.tracking import Tracker
@@ -36,7 +37,8 @@ from train.verdict import judge
 from wan.checkpoints import Model
 from wan.experts import Experts
 from wan.lora import adapter_state
-from wan.speed import Attention, sampling_attention
+from wan.speed import sampling_attention
+from wan.speed_choices import Attention
 from wan.variants import Expert, Variant
 
 
@@ -108,6 +110,7 @@ def measure(run: Run, done: int) -> list[HeldoutLoss]:
     At 0 the caller has set the adapters aside: these are the base model's.
     """
     alone = run.accelerator.num_processes == 1
+    _make_room(run)
     with run.tracker.phase("measuring"), run.stop.interruptible(alone):
         with as_used(run.learners):
             found = [_heldout(run, expert) for expert in run.learners]
@@ -136,6 +139,12 @@ def measure(run: Run, done: int) -> list[HeldoutLoss]:
         run.tracker.figures(done, figures(evaluated))
         run.tracker.say(table(done, evaluated))
     return found
+
+
+def _make_room(run: Run) -> None:
+    """Forget recorded steps: they hold the memory that measuring and rendering may need."""
+    for learner in run.learners.values():
+        learner.graphs.clear()
 
 
 def _heldout(run: Run, expert: Expert) -> HeldoutLoss:
@@ -170,7 +179,7 @@ def _other_loss(run: Run, expert: Expert) -> tuple[str, HeldoutLoss] | None:
         return None
     if learner.uses_ema:
         return "live", _heldout(run, expert)
-    with averaged(learner):
+    with averaged(learner.ema):
         return "ema", _heldout(run, expert)
 
 
@@ -237,6 +246,7 @@ def _rendered(
     Where processes compute each pass together none may do otherwise: each video is made alone, in
     passes that take the least, a request to stop is heeded between two, and short memory ends all.
     """
+    _make_room(run)
     device, few_step, vae = run.accelerator.device, run.previews.few_step, cast(Module, run.vae)
     plan, progress = replace(run.previews, shots=shots), run.tracker.progress
     if together := is_together(run.config):

@@ -1,5 +1,6 @@
 """How the `speed` settings of a run are given to its transformers."""
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -15,15 +16,9 @@ from wan.context import Context, share_sequence
 from wan.experts import Experts, Placement, load_experts
 from wan.headers import ModelError
 from wan.memory import Auto, set_up_blocks
-from wan.quantised_weight import FrozenFormat, check_format
-from wan.speed import (
-    Attention,
-    Keep,
-    blocks_of,
-    check_attention,
-    prepare_blocks,
-    use_attention,
-)
+from wan.quantised_weight import check_format
+from wan.speed import blocks_of, check_attention, prepare_blocks, use_attention
+from wan.speed_choices import Attention, FrozenFormat, Keep
 from wan.variants import Variant
 
 
@@ -46,6 +41,14 @@ def compiles(speed: SpeedConfig, device: torch.device) -> bool:
     """Whether blocks are compiled: where there is a GPU and a compiler, unless it is set."""
     wanted = device.type == "cuda" if speed.compile is None else speed.compile
     return wanted and can_compile(device)
+
+
+def records_steps(config: Config, device: torch.device, kept: Sequence[Keep]) -> bool:
+    """Whether steps may be CUDA graphs: of kernels alone, in memory that stays where it is."""
+    speed = config.speed
+    on_the_device = speed.placement in ("resident", "swap") and "host" not in kept
+    alike = config.lora.dropout == 0 and speed.context == 1
+    return speed.graphs and on_the_device and alike and compiles(speed, device)
 
 
 def load_to_sample(
