@@ -11,7 +11,8 @@ import torch
 from adapter_examples import INFO, random_state
 
 from train.compose import compose, resolved_yaml
-from train.preview import plan_previews, save_samples
+from train.preview import save_samples
+from train.preview_plan import plan_previews
 from train.run_folder import write_summary
 from train.video_files import write_mp4
 from wan.lora_format import export_adapter

@@ -14,7 +14,7 @@ from wan.adapter_choices import Kind, target_modules
 from wan.frozen_linear import FrozenLinear
 from wan.lora import adapter_layers, adapter_parameters, attach
 from wan.quantise import quantise_blocks
-from wan.quantised_weight import FrozenFormat
+from wan.speed_choices import FrozenFormat
 from wan.strengths import load_adapter, set_strengths, without_adapter
 
 FORMATS: tuple[FrozenFormat | None, ...] = (None, *get_args(FrozenFormat))

@@ -24,7 +24,7 @@ from tools.comfy_workflow import (
     make_workflow,
 )
 from wan.flow import steps_of_experts
-from wan.sampler import SampleSettings
+from wan.sample_settings import SampleSettings
 from wan.variants import VARIANTS, Expert
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -26,8 +26,10 @@ from wan.context import (
     whole_sequences,
 )
 from wan.flow import noise_like
-from wan.sampler import SampleSettings, sample_latents
-from wan.speed import Keep, prepare_blocks
+from wan.sample_settings import SampleSettings
+from wan.sampler import sample_latents
+from wan.speed import prepare_blocks
+from wan.speed_choices import Keep
 from wan.transformer import TEXT_LEN, predict_velocity
 from wan.variants import Guidance, variant
 

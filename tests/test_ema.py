@@ -47,8 +47,8 @@ def test_the_average_is_that_of_the_steps(
         assert decay_at(step, 0.6) == decay
         for name, tensor in run.adapter().items():
             expected[name] = decay * expected[name] + (1 - decay) * tensor
-    assert list(run.learner.ema) == list(expected)
-    for name, average in run.learner.ema.items():
+    assert list(run.learner.ema.values) == list(expected)
+    for name, average in run.learner.ema.values.items():
         torch.testing.assert_close(average, expected[name], msg=name)
         assert average.dtype == torch.float32
 
@@ -66,8 +66,8 @@ def test_an_average_changes_no_training_and_is_shown_only_within_its_block(
         with as_used({"low": run.learner}):
             assert run.learner.ema is not None
             shown = run.adapter()
-            assert all(torch.equal(t, run.learner.ema[n]) for n, t in shown.items())
-            with averaged(run.learner):
+            assert all(torch.equal(t, run.learner.ema.values[n]) for n, t in shown.items())
+            with averaged(run.learner.ema):
                 assert all(torch.equal(t, shown[n]) for n, t in run.adapter().items())
             assert all(torch.equal(t, shown[n]) for n, t in run.adapter().items())
         assert all(torch.equal(tensor, own[name]) for name, tensor in run.adapter().items())
@@ -95,5 +95,5 @@ def test_what_is_asked_for_is_exported(
         state, _, metadata = read_adapter(path)
         assert metadata["wan_lora.weights"] == kind
         assert run.learner.ema is not None
-        wanted = run.adapter() if kind == "live" else run.learner.ema
+        wanted = run.adapter() if kind == "live" else run.learner.ema.values
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in state.items())

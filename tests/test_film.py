@@ -13,7 +13,7 @@ from tools.film import Film, Studio, Take, film, open_studio, read_adapters
 from tools.storyboard import Lora, Shot
 from train.rules import ConfigError
 from wan.checkpoints import ModelPaths, find_model
-from wan.sampler import SampleSettings
+from wan.sample_settings import SampleSettings
 from wan.variants import Guidance
 
 CPU = torch.device("cpu")

@@ -11,8 +11,7 @@ import torch
 from wan import footprint
 from wan.footprint import GIB, Load
 from wan.key_names import transformer_config
-from wan.quantised_weight import FrozenFormat
-from wan.speed import KEEPS, Keep
+from wan.speed_choices import KEEPS, FrozenFormat, Keep
 from wan.variants import A14B, VARIANTS
 
 MEASURED = Path(__file__).parent / "measured_memory.csv"

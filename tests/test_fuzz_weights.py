@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from wan.dequantise import GgufTensor
 from wan.headers import ModelError, read_header
 from wan.recognise import MARKS, Found, Weights, is_adapter, recognise
 from wan.stored_tensors import whole_readers
@@ -157,7 +158,7 @@ def read_everything(file: Path) -> Found:
     found = recognise([file])
     part = "single" if found.kind == "transformer" else found.kind
     weights = Weights(part, (file,), found.naming, found.prefix, found.storage, {})
-    assert all(isinstance(tensor, torch.Tensor) for _, tensor in read_tensors(weights))
+    assert all(isinstance(tensor, torch.Tensor | GgufTensor) for _, tensor in read_tensors(weights))
     for read in whole_readers(found).values():
         assert read().dtype == torch.float32
     return found

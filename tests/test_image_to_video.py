@@ -21,7 +21,8 @@ from tests.toy_runs import CPU, batch_of, encoded, make_image, make_video, plann
 from train.config import Config, PreviewConfig
 from train.encode import EncodedDataset, as_video
 from train.lora import train
-from train.preview import plan_previews, render
+from train.preview import render
+from train.preview_plan import plan_previews
 from train.step import NoiseDraw, velocity_error
 from wan.checkpoints import Model, ModelPaths, find_model, load_transformer, load_vae
 from wan.conditioning import first_frame_latents, image_condition

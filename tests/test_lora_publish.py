@@ -26,13 +26,14 @@ from tools.lora_publish import add_parser, publish, read_strengths
 from tools.render import arguments, plan_takes
 from train.compose import compose, resolved_yaml
 from train.config import Config
-from train.preview import PreviewPlan, Shot, save_samples
+from train.preview import save_samples
+from train.preview_plan import PreviewPlan, Shot
 from train.rules import ConfigError
 from train.run_folder import write_summary
 from wan.headers import ModelError
 from wan.lora_format import export_adapter
 from wan.safetensors_writer import file_hashes
-from wan.sampler import SampleSettings
+from wan.sample_settings import SampleSettings
 from wan.variants import VARIANTS, Guidance
 
 PROMPT = "A 'bluefox' runs | over a wall."

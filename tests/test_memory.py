@@ -9,7 +9,7 @@ import torch
 
 from tools.bench_step import adapted, our_loss, random_inputs
 from wan.memory import BlockBytes, keep_that_fits, measure_block, peak, set_up_blocks
-from wan.speed import Keep
+from wan.speed_choices import Keep
 from wan.variants import VARIANTS
 
 COSTS: dict[Keep, BlockBytes] = {

@@ -16,7 +16,7 @@ from train.run import Checked
 from wan import cards
 from wan.cards import CARDS, H200
 from wan.footprint import GIB, Load
-from wan.speed import Keep
+from wan.speed_choices import Keep
 from wan.variants import A14B, VARIANTS
 
 CPU = torch.device("cpu")

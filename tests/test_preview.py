@@ -14,7 +14,8 @@ from torch import Tensor
 from tests.toy_runs import config_of, make_image, silent
 from train.config import PreviewConfig
 from train.lora import check
-from train.preview import PreviewPlan, Shot, plan_previews, render, save_samples
+from train.preview import render, save_samples
+from train.preview_plan import PreviewPlan, Shot, plan_previews
 from train.rules import ConfigError
 from train.video_files import LABEL_HEIGHT, side_by_side, write_mp4, write_sheet
 from wan.checkpoints import ModelPaths, find_model, load_vae

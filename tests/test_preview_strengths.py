@@ -18,14 +18,15 @@ from tests import resumable_runs
 from tests.toy_runs import make_image, silent
 from train.compose import compose
 from train.config import PreviewConfig
-from train.few_step import FEW_STEP, at_strengths, few_step_files
-from train.preview import PreviewPlan, Shot, plan_previews, render, save_samples
+from train.few_step import FEW_STEP, at_strengths
+from train.preview import render, save_samples
+from train.preview_plan import PreviewPlan, Shot, few_step_files, plan_previews
 from train.rules import ConfigError
 from wan.adapter_choices import target_modules
 from wan.checkpoints import ModelPaths, find_model, load_vae
 from wan.experts import Experts, load_experts
 from wan.lora import ADAPTER, adapter_layers, adapter_parameters, attach, lora_layers
-from wan.sampler import distilled
+from wan.sample_settings import distilled
 from wan.strengths import adapter_strengths
 from wan.variants import EXPERTS, Expert, variant
 

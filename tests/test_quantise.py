@@ -10,7 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 from wan.frozen_linear import FrozenLinear
 from wan.headers import ModelError
-from wan.quantised_weight import FrozenFormat, check_format, fp8_rows, make_whole, pack
+from wan.quantised_weight import check_format, fp8_rows, make_whole, pack
+from wan.speed_choices import FrozenFormat
 
 FORMATS: tuple[FrozenFormat, ...] = ("fp8", "fp8_weights", "int8", "nf4")
 # Relative error of a product and of its input's gradient, for normal weights and inputs. fp8 rounds

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from wan.checkpoints import ModelPaths, find_model, load_transformer
 from wan.experts import load_experts
 from wan.frozen_linear import FrozenLinear
-from wan.quantised_weight import FrozenFormat, pack
+from wan.quantised_weight import pack
+from wan.speed_choices import FrozenFormat
 from wan.variants import EXPERTS
 
 FORMATS: tuple[FrozenFormat, ...] = ("fp8", "fp8_weights", "int8", "nf4")

@@ -24,8 +24,9 @@ from wan.frozen_linear import FrozenLinear
 from wan.headers import ModelError
 from wan.lora import adapter_parameters, attach
 from wan.quantise import quantise_blocks
-from wan.quantised_weight import ROWS, FrozenFormat, pack
-from wan.speed import Keep, blocks_of, prepare_blocks
+from wan.quantised_weight import ROWS, pack
+from wan.speed import blocks_of, prepare_blocks
+from wan.speed_choices import FrozenFormat, Keep
 from wan.transformer import predict_velocity
 from wan.variants import EXPERTS, variant
 from wan.weights import build_transformer, empty_transformer, parameter_count

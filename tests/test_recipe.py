@@ -29,7 +29,7 @@ from train.video_files import write_mp4
 from wan.checkpoints import ModelPaths, component_hash, find_model
 from wan.lora_format import export_adapter
 from wan.safetensors_writer import file_hashes
-from wan.sampler import SampleSettings
+from wan.sample_settings import SampleSettings
 from wan.variants import TINY_PATH, Guidance, variant
 
 SETTINGS = SampleSettings(

@@ -26,8 +26,9 @@ from wan.flow import (
     sampling_timesteps,
     steps_of_experts,
 )
-from wan.sampler import SampleSettings, distilled, sample_latents, sample_steps
-from wan.solvers import SolverName, make_solver
+from wan.sample_settings import SampleSettings, SolverName, distilled
+from wan.sampler import sample_latents, sample_steps
+from wan.solvers import make_solver
 from wan.transformer import predict_velocity
 from wan.variants import EXPERTS, Expert, Guidance, Variant, variant
 

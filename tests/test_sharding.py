@@ -25,7 +25,8 @@ from wan.lora import (
 )
 from wan.quantise import quantise_blocks
 from wan.sharding import passes_with, shard_blocks
-from wan.speed import Keep, blocks_of, prepare_blocks
+from wan.speed import blocks_of, prepare_blocks
+from wan.speed_choices import Keep
 from wan.transformer import TEXT_LEN, predict_velocity
 
 KEPT: tuple[Keep, ...] = ("everything", "attention", "nothing", "host")  # by block

@@ -11,7 +11,8 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wan.solvers import Solver, SolverName, make_solver
+from wan.sample_settings import SolverName
+from wan.solvers import Solver, make_solver
 
 FIXTURES = Path(__file__).parent / "fixtures"
 GOLDEN = json.loads((FIXTURES / "golden.json").read_text())

@@ -17,13 +17,12 @@ from wan.compiler import can_compile, graphs_compiled
 from wan.speed import (
     ATTENTION_KERNELS,
     BACKENDS,
-    KEEPS,
-    Keep,
     blocks_of,
     check_attention,
     prepare_blocks,
     use_attention,
 )
+from wan.speed_choices import KEEPS, Keep
 from wan.strengths import set_strengths
 from wan.variants import VARIANTS
 

@@ -24,7 +24,7 @@ from tools.storyboard import (
 from train.rules import ConfigError
 from wan.headers import ModelError
 from wan.lora_format import export_adapter
-from wan.sampler import SampleSettings
+from wan.sample_settings import SampleSettings
 from wan.variants import Guidance, Variant, variant
 
 TINY, I2V, TI2V = variant("tiny"), variant("i2v_a14b"), variant("ti2v_5b")

@@ -18,7 +18,8 @@ from tests.block_examples import (
 )
 from wan.offload import checkpoint_in_host
 from wan.pinned import SMALLEST_LOCKED, lock_in_memory
-from wan.speed import Keep, blocks_of, prepare_blocks
+from wan.speed import blocks_of, prepare_blocks
+from wan.speed_choices import Keep
 from wan.streaming import BlockStream, stream_blocks
 from wan.transformer import block_forward
 

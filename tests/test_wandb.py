@@ -13,7 +13,7 @@ from PIL import Image
 from tests.trackers import BASE, LOSS, config_of, figures_of, learner_of, no_account
 from train.artifacts import adapter_artifact
 from train.noise_panel import noise_panel
-from train.preview import Shot
+from train.preview_plan import Shot
 from train.tracking import Tracker
 from train.wandb_file import BLOCK, history, logged, records
 from train.wandb_log import WandbLog, run_group

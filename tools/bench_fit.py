@@ -22,8 +22,7 @@ from tools.bench_step import (
 from wan.experts import Experts, Placement
 from wan.lora import adapter_parameters
 from wan.memory import Auto, set_up_blocks
-from wan.quantised_weight import FrozenFormat
-from wan.speed import Keep
+from wan.speed_choices import FrozenFormat, Keep
 from wan.variants import Expert, Variant
 
 

@@ -20,7 +20,8 @@ from wan.experts import Experts, load_experts
 from wan.key_names import vae_config
 from wan.latents import decode_latents
 from wan.memory import set_up_blocks
-from wan.sampler import SampleSettings, distilled, sample_latents
+from wan.sample_settings import SampleSettings, distilled
+from wan.sampler import sample_latents
 from wan.text import pad_text
 from wan.variants import Variant
 

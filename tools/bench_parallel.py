@@ -42,7 +42,8 @@ from train.learner import average_gradients
 from wan.context import make_context, share_sequence
 from wan.lora import adapter_parameters
 from wan.sharding import shard_blocks
-from wan.speed import KEEPS, Keep, blocks_of, prepare_blocks
+from wan.speed import blocks_of, prepare_blocks
+from wan.speed_choices import KEEPS, Keep
 from wan.variants import VARIANTS, Variant
 
 Way = Literal["data", "shard", "context"]

@@ -9,8 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tools.bench_step import Shape, adapted, our_loss, random_inputs, step_seconds
 from wan.memory import Auto, set_up_blocks
-from wan.quantised_weight import FrozenFormat
-from wan.speed import Keep
+from wan.speed_choices import FrozenFormat, Keep
 from wan.variants import Variant
 
 SHOWN = 30

@@ -34,7 +34,8 @@ from wan.adapter_choices import target_modules
 from wan.key_names import transformer_config
 from wan.pinned import SideStream, lock_in_memory
 from wan.quantise import quantise_blocks
-from wan.speed import Keep, blocks_of, prepare_blocks
+from wan.speed import blocks_of, prepare_blocks
+from wan.speed_choices import Keep
 from wan.streaming import stream_blocks
 from wan.transformer import TEXT_LEN, Rotary
 from wan.variants import VARIANTS

@@ -12,7 +12,7 @@ from train.compose import compose
 from train.dataset import check_sides, plan_dataset
 from train.encode import encode_dataset, model_paths
 from train.errors import clear_errors
-from train.preview import plan_previews
+from train.preview_plan import plan_previews
 from train.report import cache_use, clips_lines
 from train.tracking import progress_bar
 from wan.checkpoints import find_model

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tools.comfy_graph import Link, Node
 from wan.flow import expert_for, shift_sigma
-from wan.sampler import SampleSettings
+from wan.sample_settings import SampleSettings
 from wan.variants import TRAIN_TIMESTEPS, Expert, Variant
 
 # Of the two that keep to the noise levels of "simple", the one that ends nearer to official UniPC

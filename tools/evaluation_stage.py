@@ -19,7 +19,8 @@ from train.config import Config
 from train.dataset import Clips, plan_dataset
 from train.encode import EncodedDataset, encode_dataset, model_paths
 from train.few_step import at_strengths, put_on
-from train.preview import PreviewPlan, plan_previews, render
+from train.preview import render
+from train.preview_plan import PreviewPlan, plan_previews
 from train.rules import ConfigError
 from train.speed import load_to_sample
 from train.tracking import progress_bar

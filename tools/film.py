@@ -35,7 +35,8 @@ from wan.conditioning import (
 from wan.experts import Experts
 from wan.latents import decode_latents
 from wan.lora_format import read_adapter
-from wan.sampler import SampleSettings, sample_steps
+from wan.sample_settings import SampleSettings
+from wan.sampler import sample_steps
 from wan.strengths import load_adapter, set_strengths
 from wan.text import encode_prompts, pad_text
 from wan.variants import Expert, Variant

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from train.compose import trained_experts, typed
 from train.config import Config
-from train.preview import PreviewPlan, plan_previews
+from train.preview_plan import PreviewPlan, plan_previews
 from train.rules import ConfigError
 from wan.headers import ModelError
 from wan.lora_format import SUFFIX_OF_EXPERT, read_adapter

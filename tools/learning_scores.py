@@ -12,7 +12,8 @@ from tools.judge import Judge, verdict
 from tools.learning_runs import FACTS, Stage
 from tools.learning_stack import Adapters, set_adapters
 from wan.latents import decode_latents
-from wan.sampler import SampleSettings, sample_latents
+from wan.sample_settings import SampleSettings
+from wan.sampler import sample_latents
 from wan.variants import Expert
 
 ROWS_AT_ONCE = 24  # pairs of adapters in one batch of the sampler

@@ -25,7 +25,8 @@ from wan.experts import Experts, load_experts
 from wan.latents import decode_latents
 from wan.lora import ADAPTER
 from wan.lora_format import SUFFIX_OF_EXPERT, read_adapter
-from wan.sampler import SampleSettings, sample_latents
+from wan.sample_settings import SampleSettings
+from wan.sampler import sample_latents
 from wan.strengths import load_adapter
 from wan.text import encode_prompts, pad_text
 from wan.variants import EXPERTS, TINY_PATH, VARIANTS

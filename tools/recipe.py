@@ -21,7 +21,7 @@ from data.items import DataError
 from tools.storyboard import Lora, Shot
 from wan.checkpoints import Model, ModelPaths, component_hash
 from wan.safetensors_writer import file_hashes
-from wan.sampler import SampleSettings
+from wan.sample_settings import SampleSettings
 
 FORMAT = "wan_lora_render"
 FORMAT_VERSION = 1

@@ -34,8 +34,7 @@ from train.errors import clear_errors
 from train.rules import COUNT, NOT_NEGATIVE, POSITIVE, ConfigError
 from train.video_files import write_mp4, write_sheet
 from wan.checkpoints import ModelError, ModelPaths, find_model
-from wan.sampler import Cfg, SampleSettings, distilled
-from wan.solvers import SolverName
+from wan.sample_settings import Cfg, SampleSettings, SolverName, distilled
 from wan.variants import TINY_PATH, VARIANTS, Guidance, Variant
 
 OF_ONE_SHOT = ("image", "last_image", "extend", "then", "loop")

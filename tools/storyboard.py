@@ -20,7 +20,7 @@ from wan.conditioning import i2v_size, ti2v_size
 from wan.headers import read_header
 from wan.lora_metadata import OURS
 from wan.recognise import expert_by_name
-from wan.sampler import SampleSettings
+from wan.sample_settings import SampleSettings
 from wan.variants import VARIANTS, Expert, Variant
 
 

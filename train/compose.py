@@ -4,7 +4,7 @@ Hydra composes; after `typed` nothing sees a Hydra object any more.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from operator import attrgetter
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from wan.adapter_choices import BLOCK_LINEARS, PRESETS, module_ranks, target_mod
 from wan.variants import VARIANTS, Expert
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+OF_USERS = ("optim.args", "lora.rank_pattern")  # tables whose keys are not ours
 
 
 def unknown_key(path: str, keys: Mapping[str, Key]) -> ConfigError:
@@ -50,7 +51,7 @@ def unknown_key(path: str, keys: Mapping[str, Key]) -> ConfigError:
 
 def typed(cfg: DictConfig) -> Config:
     """The composed settings as checked plain dataclasses; `ConfigError` if one is wrong."""
-    values = _leaves(OmegaConf.to_container(cfg), "")
+    values = leaves(OmegaConf.to_container(cfg), of_users=OF_USERS)
     _refuse_references(values)
     mixed = [f"data.mix.{name}" for name in cfg.data.mix]
     known = schema() | {found.path: found for name in mixed for found in _source_keys(name)}
@@ -105,12 +106,12 @@ def _source_keys(prefix: str) -> list[Key]:
     return keys_of(SourceConfig, f"{prefix}.")
 
 
-def _leaves(value: object, path: str) -> dict[str, object]:
-    # The keys of optim.args are the optimizer's, those of lora.rank_pattern the user's.
-    if not isinstance(value, dict) or path in ("optim.args", "lora.rank_pattern") or not value:
+def leaves(value: object, path: str = "", of_users: Collection[str] = ()) -> dict[str, object]:
+    """What nested tables hold, by dotted paths; those at `of_users` and empty ones stay whole."""
+    if not isinstance(value, Mapping) or path in of_users or not value:
         return {path: value}
-    inner = [_leaves(item, f"{path}.{name}".strip(".")) for name, item in value.items()]
-    return {name: item for leaves in inner for name, item in leaves.items()}
+    inner = [leaves(v, f"{path}.{name}".strip("."), of_users) for name, v in value.items()]
+    return {name: leaf for part in inner for name, leaf in part.items()}
 
 
 def compose(overrides: list[str]) -> Config:

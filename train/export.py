@@ -32,7 +32,8 @@ class Exporter:
         self._config = config
         self._variant = model.variant
         self._started = datetime.now(UTC)
-        self._config_hash = hashlib.sha256(resolved_yaml(config).encode()).hexdigest()
+        self.settings = resolved_yaml(config)  # of the run, as its folder and checkpoints have them
+        self._config_hash = hashlib.sha256(self.settings.encode()).hexdigest()
         self._pair_hash = hashlib.sha256(resolved_yaml(as_one_run(config)).encode()).hexdigest()
         self._dataset_hash = dataset.fingerprint()
         self._num_items = len(dataset.train)
@@ -61,7 +62,7 @@ class Exporter:
                 info = self._info(learner, loss_of.get(expert), best.get(expert))
                 written[expert] = self._write(target, name, experts[expert], info)
             if self._config.export.weights == "both":
-                with averaged(learner):
+                with averaged(learner.ema):
                     info = self._info(learner, None, None)  # the losses were measured without
                     self._write(target, f"{name}_ema", experts[expert], info)
         return written
@@ -81,7 +82,7 @@ class Exporter:
             rank=learner.settings.rank,
             alpha=learner.settings.alpha,
             kind=cast("Kind", config.lora.kind),
-            weights="ema" if learner.shows_ema else "live",
+            weights="ema" if learner.ema and learner.ema.shown else "live",
             targets=config.lora.targets,
             steps=learner.steps_done,
             learning_rate=learner.settings.learning_rate,

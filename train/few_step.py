@@ -4,40 +4,19 @@ All of it is undone afterwards, to the bit: training goes on with its adapters a
 beside them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from train.rules import ConfigError
-from wan.adapter_layouts import pair_of
 from wan.experts import Experts
 from wan.lora import ADAPTER, adapter_layers
 from wan.lora_format import read_adapter
 from wan.strengths import adapter_strengths, load_adapter, set_strengths
-from wan.variants import Expert, Variant
+from wan.variants import Expert
 
 FEW_STEP = "few_step"  # the name of a distilled adapter on its expert
 ELSEWHERE = "elsewhere"  # that of an adapter which another process trains
-
-
-def few_step_files(given: Sequence[str], facts: Variant) -> dict[Expert, Path]:
-    """The distilled adapter of each expert: of a pair either file means both.
-
-    One whose name tells no expert is for all. `ConfigError` for a file that is not there.
-    """
-    files: dict[Expert, Path] = {}
-    for path in map(Path, given):
-        if not path.is_file():
-            raise ConfigError(f"preview.distilled: {path} is no file; give a .safetensors file")
-        pair = pair_of(path)
-        found = dict.fromkeys(facts.experts, path) if "single" in pair else pair
-        if unknown := [expert for expert in found if expert not in facts.experts]:
-            raise ConfigError(
-                f"preview.distilled: {path} is named for the {unknown[0]} expert, but "
-                f"{facts.title} has {' and '.join(facts.experts)}; give a file that was made for it"
-            )
-        files |= found
-    return files
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from train.history import History
 from train.learner import Learner, make_learners, timestep_law, train_step
 from train.other_trackers import check_trackers
 from train.out_of_memory import Moment, moment_of, out_of_memory, phase_of
-from train.preview import plan_previews
+from train.preview_plan import plan_previews
 from train.rehearsal import rehearsed
 from train.resume import restore, tracker_state
 from train.run import Checked, Run, look, measure

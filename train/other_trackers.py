@@ -1,12 +1,12 @@
 """Trackers beside W&B, such as TensorBoard: those that accelerate knows, with figures alone."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
-from train.compose import resolved_yaml
+from train.compose import leaves
 from train.config import Config
 from train.rules import ConfigError
 
@@ -38,7 +38,7 @@ class OtherTrackers:
         """Begin a run of each, with the settings by their dotted names."""
         self._say = say
         self._open: dict[str, GeneralTracker] = {}
-        settings = _flat(yaml.safe_load(resolved_yaml(config)), "")
+        settings = {path: _plain(value) for path, value in leaves(asdict(config)).items()}
         for name in config.tracking.others:
             kind = LOGGER_TYPE_TO_CLASS[name]
             if kind.requires_logging_directory:
@@ -64,9 +64,6 @@ class OtherTrackers:
             tracker.finish()
 
 
-def _flat(value: object, path: str) -> dict[str, object]:
-    """Numbers and texts by dotted names; lists as text, as trackers take none."""
-    if isinstance(value, Mapping):
-        parts = [_flat(inner, f"{path}.{name}".strip(".")) for name, inner in value.items()]
-        return {name: leaf for part in parts for name, leaf in part.items()}
-    return {path: value if isinstance(value, bool | int | float | str) else str(value)}
+def _plain(value: object) -> bool | int | float | str:
+    """A setting as trackers take it: lists are text."""
+    return value if isinstance(value, bool | int | float | str) else str(value)

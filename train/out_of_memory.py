@@ -16,7 +16,7 @@ from train.rules import MemoryFull
 from train.run import Checked, Run
 from wan.cards import H200, Card
 from wan.footprint import GIB, TRAINED, activation_bytes, sample_bytes
-from wan.speed import KEEPS, Keep
+from wan.speed_choices import KEEPS, Keep
 
 SMALLER = 0.75  # of height and width
 LEAST = 0.1 * GIB  # what is not worth a line

@@ -21,7 +21,7 @@ from train.compose import CONF, trained_experts
 from train.config import Config, SpeedConfig
 from train.dataset import Progress, check_sides, plan_dataset
 from train.encode import model_paths
-from train.preview import plan_previews
+from train.preview_plan import plan_previews
 from train.run import Checked
 from wan import cards
 from wan.cards import Card
@@ -45,8 +45,7 @@ from wan.footprint import (
     tokens_of,
 )
 from wan.memory import MARGIN, Auto
-from wan.quantised_weight import FrozenFormat
-from wan.speed import Keep
+from wan.speed_choices import FrozenFormat, Keep
 from wan.variants import VARIANTS, Variant
 from wan.weights import parameter_count
 

@@ -17,7 +17,7 @@ from train.run import Checked
 from wan.cards import CARDS, H200, Card, card_of
 from wan.footprint import CONTEXT, GIB, SHARES, host_bytes
 from wan.memory import MARGIN
-from wan.speed import Keep
+from wan.speed_choices import Keep
 
 MOST_SHAPES = 4  # told one by one
 KEPT: dict[Keep, str] = {

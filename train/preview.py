@@ -1,7 +1,7 @@
 """Sample videos during training, through the full inference pipeline, beside the base model's."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +10,10 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
 from data.buckets import Bucket, Clip
-from data.items import DataError, Item, kind_of
-from data.media import probe, read_clip
-from train.config import PreviewConfig
+from data.items import Item
+from data.media import read_clip
 from train.encode import as_video
-from train.few_step import few_step_files
-from train.rules import ConfigError
+from train.preview_plan import PreviewPlan, Shot
 from train.video_files import side_by_side, write_mp4, write_sheet
 from wan.conditioning import (
     Condition,
@@ -25,80 +23,13 @@ from wan.conditioning import (
 )
 from wan.experts import Experts
 from wan.latents import decode_latents
-from wan.sampler import SampleSettings, distilled, sample_latents
+from wan.sample_settings import SampleSettings
+from wan.sampler import sample_latents
 from wan.text import pad_text
-from wan.variants import Expert, Guidance, Variant
-
-
-@dataclass(frozen=True)
-class Shot:
-    """One video to render: what, and from which noise."""
-
-    prompt: str
-    seed: int
-    image: Path | None = None  # its first frame
-
-
-@dataclass(frozen=True)
-class PreviewPlan:
-    """What is rendered at each preview, and how."""
-
-    shots: list[Shot]
-    settings: SampleSettings
-    negative_prompt: str
-    batch_size: int
-    few_step: Mapping[Expert, Path] = field(default_factory=dict)  # distilled adapters beside ours
-
-    @property
-    def texts(self) -> list[str]:
-        """Everything that must be encoded for it."""
-        return [*(shot.prompt for shot in self.shots), self.negative_prompt]
-
+from wan.variants import Expert, Variant
 
 Progress = Callable[[Iterable[int], str], Iterable[int]]
 Say = Callable[[str], None]
-
-
-def plan_previews(preview: PreviewConfig, facts: Variant, batch_size: int) -> PreviewPlan:
-    """The configured prompts and seeds, and the variant's values for what is not configured.
-
-    `ConfigError` if the size is none that the model can make, or a file cannot be used.
-    """
-    settings = SampleSettings(
-        steps=preview.steps or facts.sample_steps,
-        shift=preview.shift or facts.sample_shift,
-        guidance=Guidance(
-            low=facts.guidance.low if preview.guidance_low is None else preview.guidance_low,
-            high=facts.guidance.high if preview.guidance_high is None else preview.guidance_high,
-        ),
-        frames=preview.frames or facts.frames,
-        height=preview.height or facts.height,
-        width=preview.width or facts.width,
-    )
-    try:
-        facts.geometry.latent_shape(settings.frames, settings.height, settings.width)
-    except ValueError as error:
-        raise ConfigError(
-            f"preview.frames={settings.frames}, preview.height={settings.height}, "
-            f"preview.width={settings.width}: {error}"
-        ) from error
-    negative = preview.negative_prompt
-    images = [Path(image) for image in preview.images] or [None] * len(preview.prompts)
-    for image in images:
-        if image is not None:
-            _check_image(image)
-    few_step = few_step_files(preview.distilled, facts)
-    return PreviewPlan(
-        shots=[
-            Shot(prompt, seed, image)
-            for prompt, image in zip(preview.prompts, images, strict=True)
-            for seed in preview.seeds
-        ],
-        settings=distilled(settings) if few_step else settings,
-        negative_prompt=facts.negative_prompt if negative is None else negative,
-        batch_size=batch_size,
-        few_step=few_step,
-    )
 
 
 def render(
@@ -160,18 +91,6 @@ def _render(
             levels = ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             videos.append(levels.permute(1, 2, 3, 0).cpu().numpy())
     return videos
-
-
-def _check_image(image: Path) -> None:
-    """`ConfigError` unless this is an image that can be decoded."""
-    if kind_of(image) != "image":
-        raise ConfigError(f"preview.images: {image} is no image; give a .png, .jpg or .webp")
-    if not image.is_file():
-        raise ConfigError(f"preview.images: {image} does not exist; give an image")
-    try:
-        probe(image, "image", str(image))
-    except DataError as problem:
-        raise ConfigError(f"preview.images: {problem}") from problem
 
 
 def _condition(

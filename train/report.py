@@ -20,7 +20,7 @@ from train.stopping import resume_command
 from train.validate import HeldoutLoss
 from wan.flow import SigmaRange, TimestepLaw, expert_range
 from wan.lora_format import ExportedFile
-from wan.speed import Keep
+from wan.speed_choices import Keep
 from wan.variants import Expert, Variant
 
 BARS = " ▁▂▃▄▅▆▇█"

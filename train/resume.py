@@ -18,7 +18,7 @@ from torch import nn
 
 from data.items import DataError
 from train.checkpoint import FORMAT, Checkpoint
-from train.compose import resolved_yaml
+from train.compose import leaves
 from train.config import Config
 from train.evaluation import read_beside
 from train.groups import groups
@@ -48,7 +48,8 @@ def state_of(run: Run) -> tuple[Written, dict[Expert, dict[str, torch.Tensor]]]:
     learners: Written = {}
     for expert, learner in run.learners.items():
         named = {f"adapter.{n}": p for n, p in _trained(run, expert).items()}
-        named |= {f"ema.{n}": average for n, average in (learner.ema or {}).items()}
+        if learner.ema is not None:
+            named |= {f"ema.{name}": value for name, value in learner.ema.values.items()}
         measured = run.history.adapters.get(expert, {})
         named |= {f"measured.{n}": then for n, then in measured.items()}
         tensors[expert] = {n: t.detach().to("cpu", copy=True) for n, t in named.items()}
@@ -200,7 +201,7 @@ def _copy_adapter(
         trained[name].copy_(tensor)
         plain = name.removeprefix("adapter.")
         if learner.ema is not None:
-            learner.ema[plain].copy_(tensors.get(f"ema.{plain}", tensor))
+            learner.ema.values[plain].copy_(tensors.get(f"ema.{plain}", tensor))
 
 
 def _restore_optimizer(
@@ -226,19 +227,12 @@ def _trained(run: Run, expert: Expert) -> dict[str, nn.Parameter]:
 
 def _changes(old: Mapping[str, object], config: Config) -> list[str]:
     """ "key: old -> new" for each setting that is not as it was."""
-    was, now = _leaves(old, ""), _leaves(yaml.safe_load(resolved_yaml(config)), "")
+    was, now = leaves(old), leaves(asdict(config))
     return [
         f"{key}: {written(was.get(key))} -> {written(now.get(key))}"
         for key in sorted(was.keys() | now.keys())
         if was.get(key) != now.get(key) and key not in NEVER_COMPARED
     ]
-
-
-def _leaves(value: object, path: str) -> dict[str, object]:
-    if not isinstance(value, Mapping) or not value:
-        return {path: value}
-    inner = [_leaves(item, f"{path}.{name}".strip(".")) for name, item in value.items()]
-    return {name: item for leaves in inner for name, item in leaves.items()}
 
 
 def _is_fixed(key: str) -> bool:

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from train.checkpoint import checkpoints_in, prune, step_of, write_checkpoint
-from train.compose import resolved_yaml
 from train.learner import Learner, StepFigures
 from train.resume import state_of
 from train.rules import TrainingStopped
@@ -84,7 +83,7 @@ def _write(run: Run) -> None:
             config = run.folder / "config.yaml"
             if not config.is_file():  # somebody took the folder away
                 config.parent.mkdir(parents=True, exist_ok=True)
-                config.write_text(resolved_yaml(run.config), encoding="utf-8")
+                config.write_text(run.exporter.settings, encoding="utf-8")
             path = _write_checkpoint(run, folder)
         run.tracker.say(f"saved      {path}")
     best = run.history.best([step_of(path) for path in checkpoints_in(folder)])
@@ -99,7 +98,7 @@ def _write_checkpoint(run: Run, folder: Path) -> Path:
         run.done,
         tensors,
         state,
-        resolved_yaml(run.config),
+        run.exporter.settings,
         lambda partial: run.exporter.write(
             partial,
             f"{run.config.name}_{run.done:09d}",

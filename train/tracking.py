@@ -28,7 +28,7 @@ from train.learner import Learner, StepFigures
 from train.metrics_file import MetricsFile, read_metrics
 from train.noise_panel import noise_panel
 from train.other_trackers import OtherTrackers
-from train.preview import Shot
+from train.preview_plan import Shot
 from train.running_loss import RunningLoss
 from train.validate import HeldoutLoss
 from train.wandb_log import WandbLog

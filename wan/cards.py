@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from wan.footprint import GIB, ExpertWeights, Load
-from wan.speed import Keep
+from wan.speed_choices import Keep
 from wan.transformer import TEXT_LEN
 from wan.variants import TransformerFacts
 

@@ -28,8 +28,8 @@ from wan.model_files import (
     tokenizer_in,
 )
 from wan.model_parts import part_of_diffusers, part_of_file, part_of_scan
-from wan.quantised_weight import FrozenFormat
 from wan.recognise import Part, Weights
+from wan.speed_choices import FrozenFormat
 from wan.variants import TINY_PATH, Expert, Variant, variant
 from wan.weights import OnBlock, build_text_encoder, build_transformer, build_vae
 

@@ -5,19 +5,28 @@ else is made whole while it is read. Source: `spec/wan22.md` sections 7.6 to 7.8
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
-from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_functions
 from torch import Tensor
 
 from wan.headers import TensorHeader, read_header
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ROWS = 4096  # made whole at a time: an embedding of 256,384 rows would be 4 GB in fp32
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor as GGUF quantised it, on the CPU."""
+
+    stored: Tensor  # (..., bytes): each row is whole blocks
+    kind: str  # "Q4_K"
+    shape: torch.Size  # that it stands for
 
 
 def dequantise_fp8(weight: Tensor, scale: Tensor) -> Tensor:
@@ -37,8 +46,8 @@ def dequantise_fp8(weight: Tensor, scale: Tensor) -> Tensor:
     return whole.mul_(scale.float().reshape(rows, blocks, 1)).reshape(weight.shape)
 
 
-def gguf_tensors(file: Path) -> dict[str, Callable[[], Tensor]]:
-    """How to read each tensor of a GGUF file, by its name: a GGUFParameter if it is quantised.
+def gguf_tensors(file: Path) -> dict[str, Callable[[], Tensor | GgufTensor]]:
+    """How to read each tensor of a GGUF file, by its name.
 
     `ModelError` if the file is cut short or no GGUF.
     """
@@ -47,19 +56,18 @@ def gguf_tensors(file: Path) -> dict[str, Callable[[], Tensor]]:
     return {name: partial(_read_gguf, file, tensor) for name, tensor in tensors.items()}
 
 
-def quantisation(parameter: GGUFParameter) -> tuple[gguf.GGMLQuantizationType, torch.Size]:
-    """How a tensor is stored, and the shape that it stands for."""
-    return parameter.quant_type, torch.Size(parameter.quant_shape)  # pyright: ignore[reportAttributeAccessIssue] (both are set in its __new__)
-
-
-def dequantise_gguf(parameter: GGUFParameter, dtype: torch.dtype) -> Tensor:
-    """A quantised tensor as a plain one in `dtype`, on its device."""
-    kind, shape = quantisation(parameter)
-    return gguf_rows(parameter.as_tensor(), kind.name, dtype).reshape(shape)
+def dequantise_gguf(
+    tensor: GgufTensor, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Tensor:
+    """A quantised tensor as a plain one in `dtype`, made on a device."""
+    return gguf_rows(tensor.stored.to(device), tensor.kind, dtype).reshape(tensor.shape)
 
 
 def gguf_rows(stored: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     """Rows of bytes that GGUF quantised in a way ("Q4_K") as (rows, values), rounded once."""
+    # Here, as it takes seconds: most programs that read headers and adapters never come here.
+    from diffusers.quantizers.gguf.utils import dequantize_functions
+
     quantised = gguf.GGMLQuantizationType[kind]
     values, size = gguf.GGML_QUANT_SIZES[quantised]  # of a block
     width = stored.shape[-1] // size * values
@@ -73,12 +81,11 @@ def gguf_rows(stored: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     return whole
 
 
-def _read_gguf(file: Path, tensor: TensorHeader) -> Tensor:
+def _read_gguf(file: Path, tensor: TensorHeader) -> Tensor | GgufTensor:
     # Read, not mapped: what is mapped counts as this process's memory until the file is closed.
     stored = np.fromfile(file, np.uint8, tensor.size, offset=tensor.offset)
     data = torch.from_numpy(stored)
     if tensor.dtype in PLAIN:
         return data.view(PLAIN[tensor.dtype]).reshape(tensor.shape)
     rows = data.reshape(*tensor.shape[:-1], -1)
-    kind = gguf.GGMLQuantizationType[tensor.dtype]
-    return GGUFParameter(rows, quant_type=kind)  # pyright: ignore[reportCallIssue] (its __new__ takes it)
+    return GgufTensor(rows, tensor.dtype, torch.Size(tensor.shape))

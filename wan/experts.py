@@ -13,9 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from wan.checkpoints import Model, load_transformer
 from wan.pinned import SideStream, lock_in_memory
-from wan.quantised_weight import FrozenFormat
 from wan.sharding import gather_ahead, shard_block
 from wan.speed import blocks_of
+from wan.speed_choices import FrozenFormat
 from wan.streaming import BlockStream, stream_blocks
 from wan.strengths import without_adapter
 from wan.transformer import device_of

@@ -16,9 +16,9 @@ import torch
 from wan.adapter_choices import split_module
 from wan.headers import read_header
 from wan.memory import MARGIN, Auto, BlockBytes, keep_that_fits, peak
-from wan.quantised_weight import NF4_BLOCK, ROW_FORMATS, FrozenFormat
+from wan.quantised_weight import NF4_BLOCK, ROW_FORMATS
 from wan.recognise import Weights
-from wan.speed import Keep
+from wan.speed_choices import FrozenFormat, Keep
 from wan.transformer import FFN_TOKENS, TEXT_LEN
 from wan.variants import TransformerFacts
 from wan.weights import empty_transformer, parameter_count

@@ -19,7 +19,8 @@ from torch import nn
 from wan.context import context_of, most_of_all, rows_of_tokens
 from wan.frozen_linear import FrozenLinear
 from wan.sharding import passes_with
-from wan.speed import KEEPS, Keep, blocks_of, prepare_blocks
+from wan.speed import blocks_of, prepare_blocks
+from wan.speed_choices import KEEPS, Keep
 
 Auto = Literal["auto"]
 MARGIN = 0.04  # of the card: fragments, and what libraries take beside PyTorch

@@ -11,7 +11,8 @@ from torch import nn
 
 from wan.adapter_choices import split_module
 from wan.frozen_linear import FrozenLinear
-from wan.quantised_weight import FrozenFormat, check_format, pack
+from wan.quantised_weight import check_format, pack
+from wan.speed_choices import FrozenFormat
 
 
 def quantise_blocks(transformer: WanTransformer3DModel, format: FrozenFormat) -> None:

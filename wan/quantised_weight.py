@@ -6,16 +6,14 @@ kernel takes fp16 alone, which rounds rows below 6e-5. Source: `spec/wan22.md` s
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from wan.dequantise import gguf_rows
 from wan.headers import ModelError
+from wan.speed_choices import FrozenFormat
 
-# fp8 multiplies in fp8 where the card can; of the others only the weight is in fewer bits.
-FrozenFormat = Literal["fp8", "fp8_weights", "int8", "nf4"]
 FP8_FORMATS = ("fp8", "fp8_weights")
 ROW_FORMATS = (*FP8_FORMATS, "int8")  # a scale for each row
 

@@ -5,9 +5,7 @@ Source: `spec/wan22.md` sections 4, 6.1, 6.2 and 9.1.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
@@ -15,40 +13,12 @@ from torch import Tensor
 
 from wan.conditioning import Condition, check_condition
 from wan.flow import expert_for
-from wan.solvers import SolverName, make_solver
+from wan.sample_settings import Cfg, SampleSettings
+from wan.solvers import make_solver
 from wan.transformer import predict_velocity
-from wan.variants import Expert, Guidance, Variant
+from wan.variants import Expert, Variant
 
-Cfg = Literal["batched", "sequential"]
 UNCONDITIONED = Condition()
-
-
-@dataclass(frozen=True)
-class SampleSettings:
-    """What a sample is made with, besides its prompt and its seed; the size is in pixels.
-
-    `cfg` "batched" is one call of the model with both prompts, "sequential" two calls with half
-    the memory.
-    """
-
-    steps: int
-    shift: float
-    guidance: Guidance
-    frames: int
-    height: int
-    width: int
-    solver: SolverName = "unipc"
-    cfg: Cfg = "batched"
-
-
-def distilled(settings: SampleSettings) -> SampleSettings:
-    """The settings as 4-step distilled adapters (Lightning) need them, at the same size.
-
-    Noise levels 1, 0.9375, 0.8333 and 0.625 by Euler, guidance 1: four calls of the model in all.
-    Those for a first and a last frame want a shift of 16 instead of 5.
-    """
-    guidance = Guidance(low=1.0, high=1.0)
-    return replace(settings, solver="euler", steps=4, shift=5.0, guidance=guidance)
 
 
 def sample_latents(

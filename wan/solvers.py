@@ -16,9 +16,8 @@ from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepSchedu
 from torch import Tensor
 
 from wan.flow import sampling_grid, shift_sigma
+from wan.sample_settings import SolverName
 from wan.variants import TRAIN_TIMESTEPS
-
-SolverName = Literal["unipc", "dpm++", "euler"]
 
 
 class Solver(Protocol):

@@ -9,7 +9,7 @@ Source: `spec/performance.md`; measured in `docs/performance.md`.
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
@@ -27,20 +27,10 @@ from torch.utils.checkpoint import (
 import wan.frozen_operators  # noqa: F401  (defines torch.ops.wan)
 from wan import compiler
 from wan.offload import BlockForward, checkpoint_in_host
+from wan.speed_choices import Attention, Keep
 from wan.transformer import Rotary, block_forward
 
-# Kept of a block for its backward pass, each with what is before it; the rest is computed twice.
-Keep = Literal[
-    "host",  # nothing: its input waits in host memory
-    "nothing",  # but its input
-    "attention",  # the output of self-attention: half of the forward's time, two bytes a channel
-    "products",  # the outputs of the linears
-    "everything",
-]
-KEEPS: tuple[Keep, ...] = ("host", "nothing", "attention", "products", "everything")
-
-# The kernels of attention that may be asked for, by the library's names. All but sage can train.
-Attention = Literal["auto", "cudnn", "flash", "efficient", "flash2", "flash3", "sage"]
+# What the library calls the kernels of attention.
 BACKENDS: dict[Attention, AttentionBackendName] = {
     "auto": AttentionBackendName.NATIVE,  # PyTorch chooses: cuDNN on Hopper, else flash
     "cudnn": AttentionBackendName._NATIVE_CUDNN,

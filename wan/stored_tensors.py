@@ -9,15 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
-from diffusers.quantizers.gguf.utils import GGUFParameter
 from torch import Tensor
 
 from wan.adapter_stream import TORCH_DTYPES, Stored, read_strict_header
-from wan.dequantise import dequantise_fp8, dequantise_gguf, gguf_tensors
+from wan.dequantise import GgufTensor, dequantise_fp8, dequantise_gguf, gguf_tensors
 from wan.headers import ModelError
 from wan.key_names import library_name
 from wan.model_files import hub_snapshot, scan, set_of
@@ -136,8 +134,8 @@ def whole_readers(found: Found) -> Mapping[str, Callable[[], Tensor]]:
     return {name: partial(read_whole, place) for name, place in stored_tensors(found).items()}
 
 
-def _read_gguf(read: Callable[[], Tensor]) -> Tensor:
+def _read_gguf(read: Callable[[], Tensor | GgufTensor]) -> Tensor:
     tensor = read()
-    if isinstance(tensor, GGUFParameter):
-        return dequantise_gguf(cast("GGUFParameter", tensor), torch.float32)
+    if isinstance(tensor, GgufTensor):
+        return dequantise_gguf(tensor, torch.float32)
     return tensor.float()

@@ -19,21 +19,22 @@ from diffusers.models.transformers.transformer_wan import (
     WanRotaryPosEmbed,
     WanTransformer3DModel,
 )
-from diffusers.quantizers.gguf.utils import GGUFParameter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wan.adapter_choices import split_module
-from wan.dequantise import dequantise_fp8, dequantise_gguf, gguf_tensors, quantisation
+from wan.dequantise import GgufTensor, dequantise_fp8, dequantise_gguf, gguf_tensors
 from wan.frozen_linear import FrozenLinear
 from wan.headers import ModelError
 from wan.key_names import TIED_EMBEDDING, library_name
-from wan.quantised_weight import FrozenFormat, PackedWeight, check_format, fp8_as_stored, pack
+from wan.quantised_weight import PackedWeight, check_format, fp8_as_stored, pack
 from wan.recognise import EXTRAS, SCALES, Weights
+from wan.speed_choices import FrozenFormat
 
 Device = torch.device | str
-Readers = Mapping[str, Callable[[], Tensor]]  # how to read each tensor of a file, by its name
+Read = Callable[[], Tensor | GgufTensor]
+Readers = Mapping[str, Read]  # how to read each tensor of a file, by its name
 OnBlock = Callable[[nn.Module], None]
 
 
@@ -42,8 +43,8 @@ class _Stored:
     """How to read a tensor as it is stored, and its scale if it has one."""
 
     name: str  # in the file
-    read: Callable[[], Tensor]
-    read_scale: Callable[[], Tensor] | None
+    read: Read
+    read_scale: Read | None
 
 
 def build_transformer(
@@ -121,15 +122,17 @@ def parameter_count(model: nn.Module | Weights) -> int:
     )
 
 
-def read_tensors(weights: Weights, device: Device = "cpu") -> Iterator[tuple[str, Tensor]]:
+def read_tensors(
+    weights: Weights, device: Device = "cpu"
+) -> Iterator[tuple[str, Tensor | GgufTensor]]:
     """Each tensor under the library's name, on `device`, one at a time.
 
-    fp8 with scales comes made whole in fp32; what GGUF quantises comes as a GGUFParameter on the
-    CPU. A tensor on the CPU may be a view of the file: copy what you keep.
+    fp8 with scales comes made whole in fp32; what GGUF quantises comes as a GgufTensor. A
+    tensor on the CPU may be a view of the file: copy what you keep.
     """
     for name, stored in _stored_tensors(weights).items():
         tensor = _as_stored(weights, stored)
-        is_packed = isinstance(tensor, GGUFParameter)
+        is_packed = isinstance(tensor, GgufTensor)
         yield name, tensor if is_packed else _whole(weights, stored, tensor, device)
 
 
@@ -139,7 +142,7 @@ def _fill(
     dtype: torch.dtype,
     device: Device,
     kept: Sequence[str],
-    packing: Callable[[_Stored, Tensor], PackedWeight | None] | None,
+    packing: Callable[[_Stored, Tensor | GgufTensor], PackedWeight | None] | None,
     on_block: OnBlock | None = None,
 ) -> None:
     """Put every tensor in its place, in `dtype`, or fp32 where a part of its name is in `kept`."""
@@ -150,9 +153,9 @@ def _fill(
     missing = Counter(map(_block_of, shapes))
     for name, stored in tensors.items():
         tensor = _as_stored(weights, stored)
-        if _shape(tensor) != shapes[name]:
+        if tensor.shape != shapes[name]:
             raise ModelError(
-                f"{_place(weights)} cannot be loaded: {name} has the shape {tuple(_shape(tensor))},"
+                f"{_place(weights)} cannot be loaded: {name} has the shape {tuple(tensor.shape)},"
                 f" its config says {tuple(shapes[name])}: it is of another model; download the "
                 "model again"
             )
@@ -179,10 +182,14 @@ def _block_of(name: str) -> str:
 
 
 def _unpacked(
-    weights: Weights, stored: _Stored, tensor: Tensor, device: Device, dtype: torch.dtype
+    weights: Weights,
+    stored: _Stored,
+    tensor: Tensor | GgufTensor,
+    device: Device,
+    dtype: torch.dtype,
 ) -> Tensor:
-    if isinstance(tensor, GGUFParameter):
-        return dequantise_gguf(cast("GGUFParameter", tensor), dtype).to(device)
+    if isinstance(tensor, GgufTensor):
+        return dequantise_gguf(tensor, dtype).to(device)
     # A copy: a file that is replaced under a run must not change its model.
     return _whole(weights, stored, tensor, device).to(dtype, copy=True)
 
@@ -192,19 +199,16 @@ def _packed(
     frozen: FrozenFormat | None,
     device: Device,
     stored: _Stored,
-    tensor: Tensor,
+    tensor: Tensor | GgufTensor,
 ) -> PackedWeight | None:
     """A linear's weight in the format, or as a GGUF stores it; None if it is to be whole."""
-    if isinstance(tensor, GGUFParameter):
-        packed = cast("GGUFParameter", tensor)
+    if isinstance(tensor, GgufTensor):
         if frozen is None:
-            return PackedWeight(packed.as_tensor(), torch.empty(0), quantisation(packed)[0].name)
-        return pack(
-            dequantise_gguf(cast("GGUFParameter", packed.to(device)), torch.float32), frozen
-        )
+            return PackedWeight(tensor.stored, torch.empty(0), tensor.kind)
+        return pack(dequantise_gguf(tensor, torch.float32, device), frozen)
     if frozen is None:
         return None
-    kept = fp8_as_stored(tensor, stored.read_scale and stored.read_scale(), frozen)
+    kept = fp8_as_stored(tensor, _scale(weights, stored), frozen)
     return kept or pack(_whole(weights, stored, tensor, device), frozen)
 
 
@@ -223,10 +227,6 @@ def _check_names(weights: Weights, expected: Sequence[str], found: Sequence[str]
             )
 
 
-def _shape(tensor: Tensor) -> torch.Size:
-    return quantisation(tensor)[1] if isinstance(tensor, GGUFParameter) else tensor.shape
-
-
 def _place(weights: Weights) -> Path:
     """What a message names: the file, or the folder of several."""
     return weights.files[0] if len(weights.files) == 1 else weights.files[0].parent
@@ -234,7 +234,7 @@ def _place(weights: Weights) -> Path:
 
 def _stored_tensors(weights: Weights) -> dict[str, _Stored]:
     """How to read each tensor, by the library's name."""
-    readers: dict[str, Callable[[], Tensor]] = {}
+    readers: dict[str, Read] = {}
     for file in weights.files:
         for name, read in _tensors_in(file).items():
             readers[name.removeprefix(weights.prefix)] = read
@@ -249,9 +249,9 @@ def _stored_tensors(weights: Weights) -> dict[str, _Stored]:
     return found
 
 
-def _as_stored(weights: Weights, stored: _Stored) -> Tensor:
+def _as_stored(weights: Weights, stored: _Stored) -> Tensor | GgufTensor:
     tensor = stored.read()
-    if not isinstance(tensor, GGUFParameter) and not tensor.is_floating_point():
+    if isinstance(tensor, Tensor) and not tensor.is_floating_point():
         raise ModelError(
             f"{_place(weights)}: {stored.name} is stored as {tensor.dtype}, a quantisation that is "
             "not read; take a file in bf16, fp16, fp8 or GGUF"
@@ -261,16 +261,26 @@ def _as_stored(weights: Weights, stored: _Stored) -> Tensor:
 
 def _whole(weights: Weights, stored: _Stored, tensor: Tensor, device: Device) -> Tensor:
     """A tensor as it was read, on `device`: made whole there with its scale if it has one."""
-    tensor = tensor.to(device)
-    if stored.read_scale:
+    tensor, scale = tensor.to(device), _scale(weights, stored)
+    if scale is not None:
         try:
-            return dequantise_fp8(tensor, stored.read_scale().to(device))
+            return dequantise_fp8(tensor, scale.to(device))
         except ValueError as error:
             raise ModelError(
                 f"{_place(weights)}: {stored.name} cannot be made whole ({error}); take a file in "
                 "bf16, or in fp8 as ComfyUI, LightX2V or musubi-tuner write it"
             ) from None
     return tensor
+
+
+def _scale(weights: Weights, stored: _Stored) -> Tensor | None:
+    scale = stored.read_scale() if stored.read_scale else None
+    if isinstance(scale, GgufTensor):
+        raise ModelError(
+            f"{_place(weights)}: the scale of {stored.name} is quantised itself, which no tool "
+            "writes; download the model again"
+        )
+    return scale
 
 
 def _tensors_in(file: Path) -> Readers:
