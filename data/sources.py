@@ -17,7 +17,7 @@ from data.items import (
     raise_problems,
 )
 from data.manifests import read_tables
-from data.tables import find_tables
+from data.tables import find_tables, shorten
 
 
 def read_source(source: Source, *, media: Path = Path("cache/media")) -> Reading:
@@ -113,7 +113,7 @@ def read_name_list(path: Path, key: str, items: Sequence[Item]) -> set[str]:
     raise_problems(
         where,
         [
-            f"{name!r}: no item has this name{hint}"
+            f"{shorten(repr(name))}: no item has this name{hint}"
             for name, hint in zip(unknown, near, strict=True)
         ],
     )

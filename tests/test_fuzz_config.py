@@ -153,6 +153,18 @@ def test_what_hydra_has_no_error_for_is_one_sentence(capsys: pytest.CaptureFixtu
     assert "the settings cannot be read" in capsys.readouterr().err
 
 
+def test_a_file_of_settings_that_holds_a_number_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(CONF, tmp_path / "conf")
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("9")
+    with pytest.raises(SystemExit) as stopped, clear_errors():
+        with hydra.initialize_config_dir(str(tmp_path / "conf"), version_base="1.3"):
+            hydra.compose("config", [*BASE, "experiment=mine"])
+    assert stopped.value.code == 2
+    assert "the settings cannot be read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [

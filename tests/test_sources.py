@@ -285,6 +285,10 @@ def test_a_list_of_names_finds_items_by_name_or_stem(tmp_path: Path) -> None:
         "  'c.v3.gif': no item has this name (did you mean c.v2.gif?)\n"
         "  'nothing': no item has this name"
     )
+    path.write_text("nothing\0" * 1000)
+    with pytest.raises(DataError, match="no item has this name") as caught:
+        read_name_list(path, "data.heldout_list", items)
+    assert len(str(caught.value)) < 500
     with pytest.raises(DataError, match="cannot be read"):
         read_name_list(tmp_path / "none.txt", "data.heldout_list", items)
     path.write_bytes(b"caf\xe9")

@@ -32,6 +32,7 @@ RAISED_BY_HYDRA = (
     AttributeError,
     AssertionError,
     RecursionError,
+    OSError,
 )
 
 
