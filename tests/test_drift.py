@@ -13,13 +13,13 @@ from tests import toy_runs
 from tests.toy_runs import encoded_clips, make_image, silent
 from train.drift import DriftPlan, plan_drift, prior_drift
 from train.running_loss import RunningLoss
-from train.validate import HeldoutPlan, fixed_choice, plan_checks
+from train.validate import HeldoutPlan, fixed_choice, plan_checks, plan_train_checks
 from wan.adapter_choices import target_modules
 from wan.checkpoints import ModelPaths, find_model, load_transformer
 from wan.flow import TimestepLaw, bin_of, uniforms
 from wan.lora import adapter_parameters, attach
 from wan.strengths import set_strengths
-from wan.variants import variant
+from wan.variants import EXPERTS, variant
 
 TINY = variant("tiny")
 LAW = TimestepLaw("logit_normal", shift=3.0)
@@ -102,6 +102,20 @@ def test_drift_is_over_the_velocity_of_the_base(toy_model: Path, clips: EncodedC
     assert prior_drift(transformer, "low", TINY, plan, silent) == pytest.approx(drift, rel=1e-4)
 
 
+def test_drift_is_a_length_over_a_length_and_each_expert_has_a_base(
+    toy_model: Path, clips: EncodedClips
+) -> None:
+    transformer, plan = adapted(toy_model, 0.2), DriftPlan(plan_of(clips), [])
+    set_strengths(transformer, {"default": 0.0})
+    for expert in EXPERTS:
+        prior_drift(transformer, expert, TINY, plan, silent)
+    assert plan.base.keys() == {(expert, clip) for expert in EXPERTS for clip in range(6)}
+    for said in plan.base.values():  # as if the base had said three times as much
+        said[:] = [3 * velocity for velocity in said]
+    drift = prior_drift(transformer, "low", TINY, plan, silent)
+    assert drift == pytest.approx(2 / 3, rel=1e-6)
+
+
 def test_a_choice_is_one_of_names_and_of_as_many(clips: EncodedClips) -> None:
     plan = plan_of(clips)
     chosen = fixed_choice(plan, clips, range(6), 3)
@@ -134,6 +148,10 @@ def test_the_prior_is_asked_about_what_is_not_the_concept(
     checks = plan_checks(config, TINY, dataset.heldout)
     plan = plan_drift(checks, dataset, found, prompts, trigger)
     names = {clip.name for clip in plan.samples.clips.clips}
+    compared = plan_train_checks(replace(checks, clips=dataset.train), dataset.train, found)
+    own = {clip.name for clip in dataset.train.clips} - {"4.png", "5.png"}
+    assert {clip.name for clip in compared.clips.clips} == own  # as many as are held out, of these
+    assert len(plan_train_checks(checks, dataset.train, found).clips) == len(dataset.heldout)
     if world:
         assert names == {"4.png", "5.png"}
         assert plan.texts == []

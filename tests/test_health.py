@@ -98,6 +98,7 @@ def test_figures_add_up_by_block_and_by_kind_of_linear() -> None:
         blocks = [v for n, v in figures.items() if n.startswith(f"{name}/block_")]
         kinds = [figures[f"{name}/{kind}"] for kind in target_modules("all")]
         assert len(blocks) == len(transformer.blocks)
+        assert f"{name}/block_00" in figures
         for parts in (blocks, kinds):
             whole = sum(value**2 for value in parts) ** 0.5
             assert whole == pytest.approx(figures[name], rel=1e-9)

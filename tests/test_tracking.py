@@ -47,6 +47,7 @@ def test_an_offline_run_writes_every_figure_and_asks_for_nothing(
     assert first["heldout/low/loss"] == 5.0
     assert first["heldout/low/standard_error"] == 0.25
     assert [first["heldout/low/bin_0"], first["heldout/low/bin_1"]] == [4.0, 6.0]
+    assert first["heldout/low/standard_error_bin_1"] == 0.75
     assert first["heldout_over_base/low/loss"] == 0  # the base is zero
     assert window["train/high/loss"] == 4.5  # of steps 1 and 2
     assert window["train/high/bin_0"] == 5.0  # of 1, 5 and 9

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from data.batches import Draws, EncodedClips
 from tests.toy_runs import encoded_clips
-from train.validate import HeldoutLoss, HeldoutPlan, heldout_loss
+from train.validate import HeldoutLoss, HeldoutPlan, change, heldout_loss, samples_of
 from wan.adapter_choices import target_modules
 from wan.checkpoints import ModelPaths, find_model, load_transformer
 from wan.flow import TimestepLaw, bin_edges, expert_range
@@ -191,3 +191,43 @@ def test_the_standard_error_is_that_of_a_mean(
     assert two.standard_error == pytest.approx(abs(second - one.mean) / 2, abs=1e-6)
     assert two.standard_error > 0
     assert one.standard_error == 0
+
+
+def test_draws_of_a_clip_are_no_clips_of_their_own() -> None:
+    """Of clips that differ the error stays what it is, however often each is measured."""
+    start = HeldoutLoss("low", 0.0, 0.0, [0.0], [0.0, 1.0], [0.0] * 12, draws=4)
+    by_draw = [value + noise for value in (1.0, 2.0, 6.0) for noise in (0.1, -0.1, 0.1, -0.1)]
+    after = replace(start, mean=3.0, by_draw=by_draw)
+    # Of 1, 2 and 6 the standard deviation is sqrt(7).
+    assert change(start, after) == (3.0, pytest.approx((7 / 3) ** 0.5))
+    alike = replace(after, by_draw=[0.1, -0.1, 0.1, -0.1] * 3)  # clips that agree by chance
+    assert change(start, alike)[1] == pytest.approx(0.1 / 11**0.5)
+
+
+def test_the_standard_error_is_what_a_measurement_varies_by_from_clips_to_clips(
+    transformer: WanTransformer3DModel, clips: EncodedClips
+) -> None:
+    loss = measure(transformer, plan_of(clips, draws=2))
+    each = [measure(transformer, plan_of(some(clips, index), draws=2)).mean for index in range(3)]
+    spread = torch.tensor(each, dtype=torch.float64).std().item()
+    assert loss.draws == 2
+    assert loss.standard_error == pytest.approx(spread / 3**0.5, rel=1e-6)
+    bins = [measure(transformer, plan_of(some(clips, index), draws=2)).bins for index in range(3)]
+    spreads = torch.tensor(bins, dtype=torch.float64).std(dim=0)
+    assert loss.bin_errors == pytest.approx((spreads / 3**0.5).tolist(), rel=1e-6)
+
+
+def test_each_clip_has_noise_of_its_own(
+    transformer: WanTransformer3DModel, clips: EncodedClips
+) -> None:
+    plan = plan_of(some(clips, 0), bins=1, draws=1)
+    twin = replace(plan.clips.clips[0], name="the same under another name")
+    other = replace(plan, clips=replace(plan.clips, clips=[twin]))
+    assert measure(transformer, other).mean != measure(transformer, plan).mean
+
+
+def test_each_draw_and_bin_has_noise_of_its_own(clips: EncodedClips) -> None:
+    plan = plan_of(clips, bins=3, draws=2)
+    batches = samples_of(plan, expert_range(0.875, "low"), "low", 0)
+    noise = torch.cat([draw.noise for _, draw in batches]).flatten(1)
+    assert len(noise.unique(dim=0)) == len(noise) == 6

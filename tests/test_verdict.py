@@ -179,6 +179,12 @@ def test_every_figure_is_in_the_metrics(burnt: Path) -> None:
             f"health/{expert}/update/ffn.net.2", f"health/{expert}/effective_rank",
             f"health/{expert}/dead", f"train/{expert}/running_bin_0", f"grad_norm/{expert}",
         } <= names  # fmt: skip
+    live, average = (
+        [f[f"{name}/low/loss"] for f in figures(burnt) if f.get(f"{name}/low/loss") and f["step"]]
+        for name in ("heldout", "heldout_ema")
+    )
+    assert len(average) == len(live) > 0
+    assert all(one != other for one, other in zip(live[1:], average[1:], strict=True))
 
 
 def test_looking_changes_no_training(home: Path, toy_model: Path) -> None:

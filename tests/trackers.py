@@ -16,7 +16,7 @@ from wan.flow import TimestepLaw, expert_range
 from wan.variants import Expert
 
 LOSS = HeldoutLoss("low", 2.5, 0.25, [2.0, 3.0], [0.0, 0.5, 1.0])
-BASE = HeldoutLoss("low", 5.0, 0.25, [4.0, 6.0], [0.0, 0.5, 1.0])
+BASE = HeldoutLoss("low", 5.0, 0.25, [4.0, 6.0], [0.0, 0.5, 1.0], bin_errors=[0.5, 0.75])
 
 
 def no_account(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:

@@ -206,6 +206,8 @@ class Tracker:
             name = f"heldout/{loss.expert}"
             record |= {f"{name}/loss": loss.mean, f"{name}/standard_error": loss.standard_error}
             record |= {f"{name}/bin_{index}": value for index, value in enumerate(loss.bins)}
+            errors = enumerate(loss.bin_errors)
+            record |= {f"{name}/standard_error_bin_{index}": error for index, error in errors}
             over = f"heldout_over_base/{loss.expert}"  # 0: the base; -0.1: a tenth is gone
             record[f"{over}/loss"] = loss.mean / was.mean - 1
             for index, (now, before) in enumerate(zip(loss.bins, was.bins, strict=True)):

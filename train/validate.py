@@ -24,10 +24,12 @@ class HeldoutLoss:
 
     expert: Expert
     mean: float
-    standard_error: float  # of the mean, over clips and draws
+    standard_error: float  # of the mean, see `_error_of_mean`
     bins: list[float]
     edges: list[float]  # sigma at the bins' edges, one more than bins
     by_draw: list[float] = field(default_factory=list)  # of each clip and draw, for `change`
+    draws: int = 1  # of each clip, beside each other in `by_draw`
+    bin_errors: list[float] = field(default_factory=list)  # standard errors of the bins
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,12 @@ def heldout_loss(
     return HeldoutLoss(
         expert=expert,
         mean=losses.mean().item(),
-        standard_error=_error_of_mean(by_draw) if len(by_draw) > 1 else 0.0,
+        standard_error=_error_of_mean(by_draw, plan.draws),
         bins=losses.mean(dim=(0, 1)).tolist(),
         edges=edges.tolist(),
         by_draw=by_draw.tolist(),
+        draws=plan.draws,
+        bin_errors=[_error_of_mean(part.flatten(), plan.draws) for part in losses.unbind(-1)],
     )
 
 
@@ -131,12 +135,19 @@ def change(before: HeldoutLoss, after: HeldoutLoss) -> tuple[float, float]:
     error = math.inf
     if len(before.by_draw) == len(after.by_draw) > 1:
         pairs = torch.tensor([before.by_draw, after.by_draw], dtype=torch.float64)
-        error = _error_of_mean(pairs[1] - pairs[0])
+        error = _error_of_mean(pairs[1] - pairs[0], after.draws)
     return after.mean - before.mean, error
 
 
-def _error_of_mean(estimates: Tensor) -> float:
-    return (estimates.std() / math.sqrt(len(estimates))).item()
+def _error_of_mean(estimates: Tensor, draws: int) -> float:
+    """Standard error of the mean of (clips * draws,) estimates, as of other clips and other noise.
+
+    Draws of a clip share what is hard about it, so each clip's mean is one estimate. The error
+    over all draws is a lower bound, for few clips, which may agree by chance. 0 of one estimate.
+    """
+    of_clips = estimates.view(-1, draws).mean(-1)
+    errors = [part.std() / math.sqrt(len(part)) for part in (estimates, of_clips) if len(part) > 1]
+    return max(float(error) for error in errors) if errors else 0.0
 
 
 def samples_of(
