@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,23 @@ def test_a_finished_run(tmp_path: Path) -> None:
     for export in record.exports:
         assert export.hashes
         assert export.hashes.sha256 in files([record])
+
+
+def test_a_package_is_told_once_and_a_checkpoint_knows_best(tmp_path: Path) -> None:
+    record = read_record(make_run(tmp_path / "fox", steps=100))
+    metadata = {"wan_lora.torch_version": "1.1", "wan_lora.peft_version": "2.2"}
+    exports = [replace(export, metadata=metadata) for export in record.exports]
+    page = environment([replace(record, exports=exports, versions={"torch": "9.9"})])
+    assert [page.lower().count(word) for word in ("torch", "9.9", "1.1", "2.2")] == [1, 1, 0, 1]
+
+
+def test_settings_of_an_expert_that_the_model_lacks_are_left_out(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "fox", steps=100)
+    with (folder / "config.yaml").open("a") as file:
+        file.write("\nsingle:\n  rank: 777\n")
+    settings = read_record(folder).settings
+    assert "single.rank" not in settings
+    assert {"high.steps", "low.steps"} <= settings.keys()
 
 
 def test_a_run_that_was_killed_while_it_wrote(tmp_path: Path) -> None:

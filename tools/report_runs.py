@@ -153,7 +153,14 @@ def _settings(folder: Path) -> dict[str, object]:
         raise ConfigError(f"{path} cannot be read ({found}); put back what the run wrote") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} holds no settings; put back what the run wrote")
-    return dict(_leaves(settings, ""))
+    return _of_its_experts(dict(_leaves(settings, "")))
+
+
+def _of_its_experts(settings: dict[str, object]) -> dict[str, object]:
+    """Without the settings of experts that the model does not have."""
+    facts = VARIANTS.get(str(settings.get("model.variant")))
+    absent = set(EXPERTS) - set(facts.experts) if facts else set()
+    return {key: value for key, value in settings.items() if key.split(".")[0] not in absent}
 
 
 def _leaves(settings: Mapping[object, object], prefix: str) -> Iterator[tuple[str, object]]:

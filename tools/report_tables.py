@@ -1,5 +1,6 @@
 """The sections of a report that are words and numbers: overview, files, data, time, settings."""
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -8,12 +9,12 @@ from tools.report_privacy import shown, shown_setting
 from tools.report_runs import Export, RunRecord
 from wan.variants import VARIANTS, Expert
 
+VERSION = re.compile(
+    r"wan_lora\.(torch|diffusers|peft)_version"
+)  # of a package, in an exported file
 MANY = 30  # lines of a list that may be long
 ALWAYS_DIFFERENT = ("name", "output_dir")  # between runs
 FROM_METADATA = {
-    "wan_lora.torch_version": "PyTorch",
-    "wan_lora.diffusers_version": "diffusers",
-    "wan_lora.peft_version": "PEFT",
     "wan_lora.git_commit": "commit of wan-lora",
     "wan_lora.base_model_hash": "base model, hash",
     "wan_lora.dataset_hash": "dataset, hash",
@@ -287,9 +288,10 @@ def _spent(record: RunRecord, name: str) -> str:
 
 def environment(records: Sequence[RunRecord]) -> str:
     """Versions and hashes, as the checkpoints and the exported files say them."""
-    named = dict.fromkeys(name for record in records for name in record.versions)
+    versions = [_versions(record) for record in records]
+    named = dict.fromkeys(name for known in versions for name in known)
     rows = [
-        [isolated(name), *(isolated(shown(record.versions.get(name, ""))) for record in records)]
+        [isolated(name), *(isolated(shown(known.get(name, ""))) for known in versions)]
         for name in named
     ]
     for key, word in FROM_METADATA.items():
@@ -298,6 +300,17 @@ def environment(records: Sequence[RunRecord]) -> str:
             rows.append([escape(word), *(isolated(value) for value in values)])
     head = ["", *(record.name if len(records) > 1 else "" for record in records)]
     return table(head, rows, "environment")
+
+
+def _versions(record: RunRecord) -> dict[str, str]:
+    """Of a checkpoint's packages, or of those that an exported file names, where none is kept."""
+    said = {
+        match[1]: value
+        for export in record.exports
+        for key, value in export.metadata.items()
+        if (match := VERSION.fullmatch(key))
+    }
+    return said | dict(record.versions)
 
 
 def differences(records: Sequence[RunRecord]) -> str:
