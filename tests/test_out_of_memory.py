@@ -13,11 +13,14 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tests.resumable_runs import assert_same_run, config_of, make_data, run
 from tests.toy_runs import make_image
+from train import learner
 from train.checkpoint import checkpoints_in, step_of
+from train.ema import Average
 from train.errors import clear_errors
 from train.rules import ConfigError, MemoryFull, TrainingStopped
 
 SIZES = ["data.height=64", "data.width=96", "preview.prompts=[]", "checkpoint.every=0"]
+AVERAGED = ["lora.ema=0.6", "export.weights=ema"]
 SMALL, LARGE = (4, 6), (8, 12)  # of latents
 
 
@@ -33,6 +36,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(home: Path, toy_model: Path) -> Path:
     return run(config_of(home, toy_model, "whole", *SIZES))
+
+
+@pytest.fixture(scope="module")
+def averaged(home: Path, toy_model: Path) -> Path:
+    return run(config_of(home, toy_model, "averaged", *SIZES, *AVERAGED))
 
 
 @contextmanager
@@ -98,11 +106,10 @@ def test_at_the_first_step_there_is_nothing_to_save(home: Path, toy_model: Path)
 
 
 def test_full_memory_while_measuring_loses_no_step_and_no_trained_value(
-    home: Path, toy_model: Path
+    home: Path, toy_model: Path, averaged: Path
 ) -> None:
     """The averages are in place of the adapters just then."""
-    own = [*SIZES, "lora.ema=0.6", "export.weights=ema"]
-    config = config_of(home, toy_model, "measured", *own)
+    config = config_of(home, toy_model, "measured", *SIZES, *AVERAGED)
     folder = Path(config.output_dir)
 
     def measuring(_: Tensor) -> bool:
@@ -116,7 +123,7 @@ def test_full_memory_while_measuring_loses_no_step_and_no_trained_value(
     (saved,) = checkpoints_in(folder / "checkpoints")
     assert step_of(saved) == 4
     run(config)
-    assert_same_run(folder, run(config_of(home, toy_model, "measured_whole", *own)))
+    assert_same_run(folder, averaged)
 
 
 def test_full_memory_while_encoding_is_told_so(home: Path, toy_model: Path, tmp_path: Path) -> None:
@@ -163,6 +170,39 @@ def test_no_room_for_what_an_optimizer_remembers_loses_no_step_of_the_other_expe
     assert step_of(saved) == 3
     run(config)
     assert_same_run(Path(config.output_dir), whole)
+
+
+@pytest.mark.parametrize("updating", ["adapter", "average"])
+def test_full_memory_in_a_later_update_loses_no_step(
+    home: Path, toy_model: Path, averaged: Path, updating: str
+) -> None:
+    """High's third step, and all of it or of the average after it has been changed."""
+    stepped, followed, calls = torch.optim.AdamW.step, learner.follow_adapter, []
+
+    @wraps(stepped)
+    def step(optimizer: torch.optim.AdamW) -> None:
+        stepped(optimizer)
+        raise_at_third(optimizer.param_groups[0]["params"], "adapter")
+
+    def follow(average: Average, step: int) -> None:
+        followed(average, step)
+        raise_at_third(average.parameters, "average")
+
+    def raise_at_third(changed: list[nn.Parameter], what: str) -> None:
+        calls.extend([what] * (what == updating and len(changed) > 2))  # fewer are the check's
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    config = config_of(home, toy_model, f"late_{updating}", *SIZES, *AVERAGED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        patch.setattr(learner, "follow_adapter", follow)
+        with pytest.raises(TrainingStopped, match="is full, in step 3: "):
+            run(config)
+    (saved,) = checkpoints_in(Path(config.output_dir) / "checkpoints")
+    assert step_of(saved) == 2
+    run(config)
+    assert_same_run(Path(config.output_dir), averaged)
 
 
 def test_of_several_processes_the_one_whose_memory_is_full_says_so(

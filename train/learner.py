@@ -24,6 +24,7 @@ from train.groups import groups, own_group
 from train.speed import prepare_to_train, records_steps
 from train.start import Start, begin
 from train.step import StepInputs, draw_noise, error_of, on_device, step_inputs
+from train.undo import takes_no_memory, undone_if_memory_is_full
 from wan import flow, lora
 from wan.adapter_choices import Kind
 from wan.experts import Experts
@@ -334,11 +335,7 @@ def megapixel_frames(bucket: Bucket) -> float:
 def _update(learner: Learner, step: int, figures: StepFigures) -> None:
     """Let the optimizer take its step, or count one that was skipped."""
     if figures.problem is None:
-        learner.updating = True
-        _let_it_step(learner)
-        if learner.ema is not None:
-            follow_adapter(learner.ema, step)
-        learner.updating = False
+        _let_it_step(learner, step)
         learner.bad_in_row = 0
     else:
         learner.bad_steps += 1
@@ -347,27 +344,20 @@ def _update(learner: Learner, step: int, figures: StepFigures) -> None:
     learner.steps_done = step + 1
 
 
-def _let_it_step(learner: Learner) -> None:
-    """The optimizer's step; if its memory finds no room at the first one, all is as before it.
-
-    Its memory is made then, and the parameters' copy waits on the host meanwhile.
-    """
-    optimizer = learner.optimizer
-    if optimizer.state:
-        optimizer.step()
-        return
-    parameters = [parameter.detach().to("cpu", copy=True) for parameter in learner.parameters]
-    settings = [dict(group) for group in optimizer.param_groups]
+def _let_it_step(learner: Learner, step: int) -> None:
+    """The optimizer's step and the average's; where memory is full, none of it has happened."""
+    average = learner.ema
+    values = [] if average is None else list(average.values.values())
+    learner.updating = True
     try:
-        optimizer.step()
+        with undone_if_memory_is_full(learner.optimizer, values):
+            learner.optimizer.step()
+            if average is not None:
+                follow_adapter(average, step)
     except torch.OutOfMemoryError:
-        for parameter, before in zip(learner.parameters, parameters, strict=True):
-            parameter.data.copy_(before)
-        for group, before in zip(optimizer.param_groups, settings, strict=True):
-            group.update(before)
-        optimizer.state.clear()
-        learner.updating = False
+        learner.updating = takes_no_memory(learner.optimizer)
         raise
+    learner.updating = False
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
