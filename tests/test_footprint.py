@@ -75,6 +75,17 @@ def test_what_it_should_depend_on() -> None:
     assert footprint.activation_bytes(weights_only, keep) - once == 10 * 5120 * 13824
 
 
+def test_processes_that_share_a_clip_divide_its_activations() -> None:
+    keep: tuple[Keep, ...] = ("attention",) * 40
+    once, shared = (replace(VIDEO, processes=count) for count in (1, 4))
+    kept = [footprint.block_bytes(load, "attention").kept for load in (shared, once)]
+    assert kept[0] == pytest.approx(kept[1] / 4, rel=0.05)  # each has all of the text
+    most = [footprint.activation_bytes(load, keep) for load in (shared, once)]
+    assert most[0] == pytest.approx(most[1] / 4, rel=0.1)  # the feed-forward goes in parts
+    assert replace(VIDEO, processes=7).own_tokens == 4680  # of 32,760; the slices are uneven
+    assert footprint.sample_bytes(shared, guided=True) < footprint.sample_bytes(once, guided=True)
+
+
 def test_weights_are_counted_exactly() -> None:
     config = transformer_config(VARIANTS["t2v_a14b"])
     whole = footprint.weights_of_config(config, torch.float32, None).whole

@@ -105,6 +105,29 @@ def test_time_grows_with_what_is_done(folder: Path) -> None:
     assert hours("speed=resident").swapping == 0 < once.swapping
 
 
+def test_hours_and_dollars_add_up_for_the_pair(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """High's steps and low's at the time of a step, the mean over clips, and all of it paid."""
+    inputs = checked(folder, "low.steps=1000", "accumulate=2")
+    setting = plan.setting_of(inputs, H200)
+    works = {w.bucket: w for w in plan.training(setting, plan.buckets_of(inputs.clips.train))}
+    clips = inputs.clips.train
+    step = sum(works[clip.bucket].seconds for clip in clips) / len(clips)
+    spent = plan.hours(setting, inputs)
+    assert spent.training == pytest.approx((2000 + 1000) * 2 * step / 3600)
+    said = shown(
+        capsys, folder, "low.steps=1000", "accumulate=2", "--gpu", "h200", "--hourly-rate", "3.5"
+    )
+    total, dollars = re.findall(r"3,000 steps of high and low: (\S+) hours, \$(\S+) at", said)[0]
+    parts = [spent.training, spent.sampling, spent.measuring, spent.caching, spent.swapping]
+    assert float(total) == pytest.approx(sum(parts), abs=0.05)
+    assert float(dollars.replace(",", "")) == pytest.approx(3.5 * sum(parts), abs=0.006)
+    shares = re.findall(r"(training|samples|held-out loss|swaps|encoding) (\d+)%", said)
+    assert sum(int(share) for _, share in shares) == pytest.approx(100, abs=2)  # each is rounded
+    assert int(dict(shares)["samples"]) == round(100 * spent.sampling / sum(parts))
+
+
 def keep(attention: int, products: int, everything: int = 0) -> tuple[Keep, ...]:
     counts: dict[Keep, int] = {
         "attention": attention,
@@ -117,17 +140,33 @@ def keep(attention: int, products: int, everything: int = 0) -> tuple[Keep, ...]
 @pytest.mark.parametrize(
     ("load", "kept", "measured"),
     [
-        (Load(A14B, 32_760, 1, 16), keep(19, 21), 9.61),
-        (Load(A14B, 32_760, 1, 16, "fp8"), keep(14, 26), 8.14),
-        (Load(A14B, 4096, 1, 16), keep(0, 0, 40), 0.516),
-        (Load(A14B, 4096, 1, 16, "fp8"), keep(0, 0, 40), 0.395),
+        (Load(A14B, 32_760, 1, 16), keep(40, 0), 9.86),
+        (Load(A14B, 32_760, 1, 16), keep(18, 22), 9.31),
+        (Load(A14B, 32_760, 1, 16, "fp8"), keep(14, 26), 8.27),
+        (Load(A14B, 4096, 1, 16), keep(0, 0, 40), 0.488),
+        (Load(A14B, 4096, 1, 16), keep(0, 0, 40), 0.526),
+        (Load(A14B, 4096, 1, 16, "fp8"), keep(0, 0, 40), 0.370),
+        (Load(A14B, 1024, 1, 16), keep(0, 0, 40), 0.122),
         (Load(A14B, 32_760, 1, 16, compiled=False), ("nothing",) * 40, 14.47),
     ],
 )
 def test_steps_take_as_long_as_on_the_h200(
     load: Load, kept: tuple[Keep, ...], measured: float
 ) -> None:
+    """Those of `docs/performance.md`; of the picture the extremes of several calls."""
     assert cards.step_seconds(load, kept, H200) == pytest.approx(measured, rel=0.1)
+
+
+def test_gpus_that_share_a_clip_divide_its_time(folder: Path) -> None:
+    inputs = checked(folder, "speed.context=4", "speed.keep=attention")
+    alone = checked(folder, "speed.keep=attention")
+    shared, once = (
+        plan.training(plan.setting_of(found, H200), [plan.largest_bucket(found)])[0]
+        for found in (inputs, alone)
+    )
+    assert shared.seconds == pytest.approx(once.seconds / 4, rel=0.05)  # each has all of the text
+    assert shared.peak < once.peak
+    assert "each clip shared by 4 GPUs" in plan_lines.on_card(inputs, H200)
 
 
 def test_a_card_is_known_by_what_its_driver_calls_it() -> None:

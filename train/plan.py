@@ -120,6 +120,7 @@ def load_of(setting: Setting, bucket: Bucket, batch: int | None = None) -> Load:
         rank=max(attrgetter(f"{e}.rank")(config) for e in trained_experts(config)),
         frozen=cast("FrozenFormat | None", config.speed.frozen),
         compiled=config.speed.compile is not False,
+        processes=config.speed.context,
     )
 
 

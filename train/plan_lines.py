@@ -78,7 +78,8 @@ def _speed_told(setting: Setting) -> str:
     speed = setting.config.speed
     frozen = speed.frozen or setting.config.model.dtype
     shares = f" (counted for {SHARES} GPUs)" if speed.placement == "shard" else ""
-    return f"speed.placement={speed.placement}{shares}, frozen weights in {frozen}"
+    shared = f", each clip shared by {speed.context} GPUs" if speed.context > 1 else ""
+    return f"speed.placement={speed.placement}{shares}, frozen weights in {frozen}{shared}"
 
 
 def _memory_lines(setting: Setting, checked: Checked) -> list[str]:

@@ -55,18 +55,18 @@ CARDS: dict[str, Card] = {
 
 
 def linear_flops(load: Load) -> float:
-    """Of the linears of all blocks in one forward pass."""
+    """Of the linears of all blocks in one forward pass, on each of the processes that share it."""
     facts = load.facts
     per_token = (12 * facts.dim**2 + 4 * facts.dim * facts.ffn_dim) * facts.layers
     text = 8 * facts.dim**2 * TEXT_LEN * facts.layers
-    return load.batch * (load.tokens * per_token + text)
+    return load.batch * (load.own_tokens * per_token + text)
 
 
 def attention_flops(load: Load) -> float:
     """Of attention, that to the text included, in one forward pass."""
     facts = load.facts
     keys = load.tokens + TEXT_LEN
-    return load.batch * 4 * load.tokens * keys * facts.dim * facts.layers
+    return load.batch * 4 * load.own_tokens * keys * facts.dim * facts.layers
 
 
 def step_seconds(
@@ -74,7 +74,8 @@ def step_seconds(
 ) -> float:
     """Forward and backward pass of one batch; with what is computed twice and what is copied.
 
-    `streamed`: the weights come from host memory in each pass, beside the work.
+    `streamed`: the weights come from host memory in each pass, beside the work. What processes that
+    share a clip send one another is not counted: how fast their cards are joined is not known.
     """
     whole = load.facts.layers
     linears = 2 + sum(kind in ("host", "nothing", "attention") for kind in keep) / whole
@@ -134,7 +135,7 @@ def _linear_rate(load: Load, card: Card) -> float:
 
 def _else_bytes(load: Load) -> float:
     each = ELSE if load.compiled else EAGER_ELSE
-    return each * load.batch * load.tokens * load.facts.layers * load.facts.dim
+    return each * load.batch * load.own_tokens * load.facts.layers * load.facts.dim
 
 
 def _whole_bytes(load: Load, card: Card) -> float:
@@ -148,5 +149,5 @@ def _whole_bytes(load: Load, card: Card) -> float:
 def _copied_bytes(load: Load, keep: Sequence[Keep], streamed: ExpertWeights | None) -> float:
     """To and from host memory: weights in both passes, and inputs that wait there."""
     weights = 0 if streamed is None else 2 * streamed.layers * streamed.block
-    parked = 2 * 4 * load.batch * load.tokens * load.facts.dim * keep.count("host")
+    parked = 2 * 4 * load.batch * load.own_tokens * load.facts.dim * keep.count("host")
     return weights + parked

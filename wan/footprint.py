@@ -9,6 +9,7 @@ configurations than those are predictions. Source: `spec/wan22.md` section 8.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from typing import cast
 
 import torch
@@ -66,6 +67,12 @@ class Load:
     rank: int
     frozen: FrozenFormat | None = None
     compiled: bool = True
+    processes: int = 1  # that share a clip: each has a part of its tokens
+
+    @property
+    def own_tokens(self) -> int:
+        """Most tokens of one clip that a process has."""
+        return ceil(self.tokens / self.processes)
 
 
 def tokens_of(latent_shape: Sequence[int]) -> int:
@@ -142,7 +149,7 @@ def host_bytes(experts: Sequence[ExpertWeights], placement: str) -> int:
 def block_bytes(load: Load, keep: Keep) -> BlockBytes:
     """Memory of one block in a training step, as `wan.memory.measure_block` would measure it."""
     width, ffn = load.facts.dim, load.facts.ffn_dim
-    tokens = load.tokens * load.batch
+    tokens = load.own_tokens * load.batch
     kept = tokens * _kept(load, keep)
     if keep not in ("host", "nothing"):  # keys and values of the text, as small products
         kept += load.batch * TEXT_LEN * 4 * width
@@ -152,7 +159,7 @@ def block_bytes(load: Load, keep: Keep) -> BlockBytes:
     if keep in PASSING_KEPT:
         passing = tokens * PASSING_KEPT[keep] * width
     else:
-        in_parts = load.batch * min(load.tokens, FFN_TOKENS)
+        in_parts = load.batch * min(load.own_tokens, FFN_TOKENS)
         passing = tokens * PASSING * width + in_parts * PASSING_FFN * ffn
     # host: its input, the one before it on its way, its output once more, and the gradient of that
     passing += {"host": 16, "nothing": 2}.get(keep, 0) * tokens * width
@@ -204,8 +211,8 @@ def activation_budget(card_bytes: float, resting: float, trained: int) -> float:
 def sample_bytes(load: Load, guided: bool) -> float:
     """What passes within a block when `load.batch` videos are sampled, on top of the weights."""
     rows = load.batch * (2 if guided else 1)
-    in_parts = min(load.tokens, FFN_TOKENS) * FORWARD_FFN * load.facts.ffn_dim
-    return rows * (load.tokens * FORWARD * load.facts.dim + in_parts)
+    in_parts = min(load.own_tokens, FFN_TOKENS) * FORWARD_FFN * load.facts.ffn_dim
+    return rows * (load.own_tokens * FORWARD * load.facts.dim + in_parts)
 
 
 def decode_bytes(frames: int, height: int, width: int, vae: Weights) -> float:
