@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from tools.bench_random import adapted, reference
 from tools.bench_sample import bench_sample
-from tools.bench_step import FORMATS, adapted, bench_steps, gradient_errors, reference
+from tools.bench_step import FORMATS, bench_steps, gradient_errors
 from wan.lora import adapter_state
 from wan.variants import VARIANTS
 

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from tools.bench_step import adapted, our_loss, random_inputs
+from tools.bench_random import adapted, our_loss, random_inputs
 from wan.memory import BlockBytes, keep_that_fits, measure_block, peak, set_up_blocks
 from wan.speed_choices import Keep
 from wan.variants import VARIANTS

@@ -11,7 +11,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanT
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tools.bench_step import Inputs, adapted, our_loss, random_inputs
+from tools.bench_random import Inputs, adapted, our_loss, random_inputs
 from wan import lora, speed
 from wan.compiler import can_compile, graphs_compiled
 from wan.speed import (

@@ -5,7 +5,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
-from tools.bench_step import Inputs, adapted, our_loss, random_inputs
+from tools.bench_random import Inputs, adapted, our_loss, random_inputs
 from wan import step_graphs
 from wan.lora import adapter_parameters
 from wan.speed import prepare_blocks

@@ -36,8 +36,9 @@ from tools.bench_cache import bench_cache
 from tools.bench_fit import Setup, bench_fit
 from tools.bench_model import bench_model
 from tools.bench_profile import bench_profile
+from tools.bench_random import Shape
 from tools.bench_sample import bench_sample
-from tools.bench_step import PRESETS, Shape, bench_steps, gradient_errors
+from tools.bench_step import PRESETS, bench_steps, gradient_errors
 from wan.speed_choices import KEEPS, FrozenFormat
 from wan.variants import VARIANTS, Variant
 

@@ -9,16 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tools.bench_step import (
-    GIB,
-    Shape,
-    adapted,
-    our_loss,
-    peak_bytes,
-    random_inputs,
-    reset_peak,
-    synchronise,
-)
+from tools.bench_random import Shape, adapted, our_loss, random_inputs
+from tools.bench_step import GIB, peak_bytes, reset_peak, synchronise
 from wan.experts import Experts, Placement
 from wan.lora import adapter_parameters
 from wan.memory import Auto, set_up_blocks

@@ -8,7 +8,8 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from data.batches import Batch
-from tools.bench_step import Shape, synchronise
+from tools.bench_random import Shape
+from tools.bench_step import synchronise
 from train.config import ModelConfig
 from train.encode import model_paths
 from train.step import NoiseDraw, velocity_error

@@ -7,7 +7,8 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from tools.bench_step import Shape, adapted, our_loss, random_inputs, step_seconds
+from tools.bench_random import Shape, adapted, our_loss, random_inputs
+from tools.bench_step import step_seconds
 from wan.memory import Auto, set_up_blocks
 from wan.speed_choices import FrozenFormat, Keep
 from wan.variants import Variant

@@ -14,7 +14,8 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor, nn
 
 from tools.bench_model import make_vae
-from tools.bench_step import GIB, Shape, adapted, peak_bytes, reset_peak, synchronise
+from tools.bench_random import Shape, adapted
+from tools.bench_step import GIB, peak_bytes, reset_peak, synchronise
 from wan.experts import Experts, Placement
 from wan.latents import decode_latents
 from wan.sample_settings import SampleSettings, distilled
