@@ -1,12 +1,16 @@
 """A toy Wan transformer, a trained-looking adapter for it and its facts, for the adapter tests."""
 
+from typing import TYPE_CHECKING
+
 import torch
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
 from wan.adapter_choices import target_modules
 from wan.lora_metadata import AdapterInfo
 from wan.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
 RANK, ALPHA, WIDTH, FFN = 4, 2.0, 24, 40
 
@@ -36,7 +40,10 @@ INFO = AdapterInfo(
 )
 
 
-def tiny_transformer(blocks: int = 2) -> WanTransformer3DModel:
+def tiny_transformer(blocks: int = 2) -> "WanTransformer3DModel":
+    # Here, as it takes seconds, which a process that writes files alone need not wait.
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return WanTransformer3DModel(
@@ -66,7 +73,7 @@ def random_state(seed: int, blocks: int = 2, preset: str = "all") -> dict[str, T
     return state
 
 
-def predict(transformer: WanTransformer3DModel) -> Tensor:
+def predict(transformer: "WanTransformer3DModel") -> Tensor:
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(2, 16, 2, 8, 8, generator=generator).to(transformer.dtype)
     text = torch.randn(2, 6, 8, generator=generator).to(transformer.dtype)

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What is imported stays: to look for garbage in it takes a tenth of the time of a toy run."""
     gc.freeze()
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test fails if it asks another machine; processes of this one may talk."""
+    connect = socket.socket.connect
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the network was asked")
+
+    def connect_here(own: socket.socket, address: str) -> None:
+        if own.family != socket.AF_UNIX:
+            refuse()
+        connect(own, address)
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket.socket, "connect", connect_here)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,9 @@
 
 import json
 import os
+import signal
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.resumable_runs import SHORT, config_of, make_data, run
+from tests.resumable_runs import config_of, make_data, run
+from tests.two_processes import ends_soon, start, worker
 from train.apart import OF_LAUNCHERS, newest_of_others, own_run
-from train.checkpoint import checkpoints_in
+from train.checkpoint import checkpoints_in, step_of
 from train.compose import compose
 from train.lora import train
 from train.rules import ConfigError
 
-ROOT = Path(__file__).parent.parent
+APART = "launch=experts"
+FEW = [APART, "preview.prompts=[]", "eval.every=0", "tracking.log_every=1", "checkpoint.keep=2"]
 
 
 def file_of(folder: Path, expert: str) -> Path:
@@ -35,27 +38,27 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("apart"))
 
 
-def launch(home: Path, model: Path, name: str, *overrides: str) -> tuple[int, str]:
-    """The program in two processes under the launcher: its status, and all that it said."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29641",
-        str(ROOT / "train" / "lora.py"), "name=toy", "model=tiny", f"model.path={model}",
-        f"data.path={home / 'data'}", f"data.cache={home / 'cache'}", "data.height=32",
-        "data.width=48", "data.workers=0", "lora.rank=2", f"output_dir={home / 'out' / name}",
-        *SHORT, "launch=experts", *overrides,
-    ]  # fmt: skip
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=home, env=environment, capture_output=True, text=True, check=False
-    )
-    return done.returncode, done.stdout + done.stderr
+def whole(process: subprocess.Popen[str]) -> str:
+    """What a program says that ends well."""
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said[-3000:]
+    return said
+
+
+def wait_for_both(folder: Path, process: subprocess.Popen[str]) -> dict[str, int]:
+    """The steps of each expert's newest checkpoint, once each has one."""
+    for _ in range(12_000):
+        found = {e: checkpoints_in(folder / e / "checkpoints") for e in ("high", "low")}
+        if all(found.values()) or process.poll() is not None:
+            return {expert: step_of(paths[-1]) for expert, paths in found.items()}
+        time.sleep(0.01)
+    raise AssertionError("no checkpoint of each")
 
 
 @pytest.fixture(scope="module")
 def apart(home: Path, toy_model: Path) -> tuple[Path, str]:
     """A whole run of an expert in each of two processes, and what it said."""
-    status, said = launch(home, toy_model, "apart")
-    assert status == 0, said[-3000:]
+    said = whole(start(home, toy_model, "apart", APART, launcher=True))
     return home / "out" / "apart", said
 
 
@@ -87,12 +90,40 @@ def test_the_same_command_goes_on_with_both(
     home: Path, toy_model: Path, apart: tuple[Path, str]
 ) -> None:
     folder, _ = apart
-    status, said = launch(home, toy_model, "apart", "steps=6")
-    assert status == 0, said[-3000:]
+    said = whole(start(home, toy_model, "apart", APART, "steps=6", launcher=True))
     for expert in ("high", "low"):
         assert f"{expert:<5}goes on    after 5 of 6 steps" in said
         assert metadata(file_of(folder, expert))["ss_steps"] == "6"
         assert len(checkpoints_in(folder / expert / "checkpoints")) == 6
+
+
+def test_both_stop_and_save_and_the_same_command_goes_on(home: Path, toy_model: Path) -> None:
+    folder, steps = home / "out" / "stopped", "steps=5000"
+    process = start(home, toy_model, "stopped", *FEW, steps, launcher=True)
+    wait_for_both(folder, process)
+    process.send_signal(signal.SIGTERM)  # to the launcher, as when a machine is taken away
+    said, _ = process.communicate(timeout=120)
+    assert said.count("stopped    SIGTERM. To go on:\naccelerate launch --num_processes 2 ") == 2
+    done = wait_for_both(folder, process)
+    for expert, step in done.items():
+        (folder / expert / "metrics.jsonl").read_text()
+        assert 1 <= step < 5000
+    more = f"steps={max(done.values()) + 1}"
+    said = whole(start(home, toy_model, "stopped", *FEW, more, launcher=True))
+    for expert, step in done.items():
+        assert f"{expert:<5}goes on    after {step} of" in said
+        assert file_of(folder, expert).exists()
+
+
+def test_one_that_dies_lets_the_other_save_itself(home: Path, toy_model: Path) -> None:
+    folder = home / "out" / "dead"
+    process = start(home, toy_model, "dead", *FEW, "steps=5000", launcher=True)
+    wait_for_both(folder, process)
+    os.kill(worker(process, 1), signal.SIGKILL)  # low; the launcher asks high to stop
+    said = ends_soon(process)
+    assert "SIGKILL" in said
+    assert said.count("stopped    SIGTERM. To go on:") == 1
+    assert min(wait_for_both(folder, process).values()) >= 1
 
 
 def test_previews_take_the_newest_adapter_of_the_other(

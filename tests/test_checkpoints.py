@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -155,12 +154,8 @@ def test_shards_that_are_all_there_load(model: Path) -> None:
     assert all(torch.equal(loaded[name], weight) for name, weight in expected.items())
 
 
-def test_loading_never_asks_the_network(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_args: object) -> None:
-        raise AssertionError("the network was asked")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+@pytest.mark.usefixtures("no_network")
+def test_loading_never_asks_the_network(toy_model: Path) -> None:
     folder = find(toy_model)
     load_everything(folder)
     tokenizer = load_tokenizer(folder)

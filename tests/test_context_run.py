@@ -1,51 +1,28 @@
 """`speed.context`: two processes that share their clips train, measure, show and save as one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
 
 from tests.resumable_runs import (
-    SHORT,
     assert_alike,
     config_of,
     left_after,
     make_data,
     run,
 )
+from tests.two_processes import launch
 from train.groups import check_groups, check_heads
 from train.rules import ConfigError
 from wan.variants import VARIANTS
 
-ROOT = Path(__file__).parent.parent
 FEW = ["steps=2", "turn_steps=2", "accumulate=1", "eval.bins=1", "lora.dropout=0"]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("context"))
-
-
-def launch(home: Path, model: Path, name: str, *settings: str) -> str:
-    """Run the program in two processes; what it says."""
-    common = [
-        f"output_dir={home / 'out' / name}", f"model.path={model}", f"data.path={home / 'data'}",
-        f"data.cache={home / 'cache'}", "name=toy", "model=tiny", "data.height=32",
-        "data.width=48", "data.workers=0", "lora.rank=2", *SHORT, *FEW,
-    ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.forked_runs", "2", *common, *settings],
-        cwd=ROOT,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,  # gloo may abort after all is written
-    )
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +34,7 @@ def whole(home: Path, toy_model: Path) -> Path:
 @pytest.fixture(scope="module")
 def shared(home: Path, toy_model: Path) -> Path:
     """The same run of two processes that share each clip."""
-    said = launch(home, toy_model, "shared", "speed.context=2")
+    said = launch(home, toy_model, "shared", *FEW, "speed.context=2")
     assert (home / "out" / "shared" / "summary.json").exists(), said[-3000:]
     assert "a step     1 batches of one shape: processes 1, each 1 of 1 clips" in said
     return home / "out" / "shared"

@@ -1,7 +1,6 @@
 """tools.evaluate on a run of the toy model: grids, sweeps, matrices, and what they support."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.resumable_runs import config_of, make_data, run
-from tools.evaluate import evaluate, parsed
+from tools.evaluate import evaluate, main, parsed
 from tools.evaluation_stage import choose, saved_pairs
 from tools.finished_run import recommended_strengths
 from tools.strength_sweep import Curve, combinations
@@ -18,8 +17,6 @@ from train.rules import ConfigError
 from train.validate import HeldoutLoss
 from wan.safetensors_writer import file_hashes
 from wan.variants import Expert
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +97,13 @@ def test_publishing_takes_what_the_sweep_of_these_files_recommends(folder: Path)
     assert recommended_strengths(folder / "checkpoints", hashes) == {}
 
 
-def test_a_matrix_has_a_column_for_each_checkpoint(folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.evaluate", folder, "--matrix"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_a_matrix_has_a_column_for_each_checkpoint(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(folder), "--matrix"])
+    main()
     target = folder / "evaluation" / "matrix"
-    assert done.stdout.splitlines()[-1] == str(target / "sheet.png")
+    assert capsys.readouterr().out.splitlines()[-1] == str(target / "sheet.png")
     rows = entries(target / "matrix.json")
     assert [row["step"] for row in rows] == [2, 4]
     videos = [(target / row["file"]).read_bytes() for row in rows]

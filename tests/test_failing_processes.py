@@ -3,21 +3,18 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from data.items import DataError
-from tests.resumable_runs import SHORT, config_of, make_data, run
+from tests.resumable_runs import config_of, make_data, run
+from tests.toy_runs import make_image
+from tests.two_processes import ends_soon, start, wait_for_step, wait_for_text, worker
 from train.checkpoint import checkpoints_in, step_of
 from train.errors import clear_errors
 from train.rules import ConfigError
 
-ROOT = Path(__file__).parent.parent
-SOON = 60.0  # seconds
 FEW = ["turn_steps=2", "preview.prompts=[]", "eval.every=0", "tracking.log_every=1"]
 LONG = ["steps=5000", "checkpoint.keep=2"]  # longer than any test waits
 
@@ -27,60 +24,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("failing"))
 
 
-def start(home: Path, model: Path, port: int, *overrides: str) -> subprocess.Popen[str]:
-    """The program in two processes under the launcher, with the clips in `home`."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-        f"--master_port={port}", str(ROOT / "train" / "lora.py"), "name=toy", "model=tiny",
-        f"model.path={model}", f"data.path={home / 'data'}", f"data.cache={home / 'cache'}",
-        "data.height=32", "data.width=48", "data.workers=0", "lora.rank=2", *SHORT, *FEW, *LONG,
-        *overrides,
-    ]  # fmt: skip
-    return subprocess.Popen(
-        command,
-        cwd=home,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def worker(launcher: int, rank: int) -> int:
-    """The process id of one of those that a launcher started."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    for child in children:
-        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        if f"RANK={rank}".encode() in variables:
-            return int(child)
-    raise AssertionError(f"no process of rank {rank}")
-
-
-def wait_for_step(folder: Path, process: subprocess.Popen[str], step: int) -> None:
-    """Return once there is a checkpoint that is so far."""
-    for _ in range(12_000):
-        found = checkpoints_in(folder / "checkpoints")
-        if process.poll() is not None or (found and step_of(found[-1]) >= step):
-            return
-        time.sleep(0.01)
-
-
-def ends_soon(process: subprocess.Popen[str]) -> str:
-    """What was said, after an end with an error within a minute."""
-    begun = time.monotonic()
-    said, _ = process.communicate(timeout=2 * SOON)
-    assert time.monotonic() - begun < SOON, said[-3000:]
-    assert process.returncode != 0, said[-3000:]
-    return said
-
-
 def test_a_process_that_is_killed_ends_all_and_one_goes_on(
     home: Path, toy_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = home / "out" / "killed"
-    process = start(home, toy_model, 29651, f"output_dir={folder}")
-    wait_for_step(folder, process, 2)
-    os.kill(worker(process.pid, 1), signal.SIGKILL)
+    process = start(home, toy_model, "killed", *FEW, *LONG, launcher=True)
+    wait_for_step(process, folder, 2)
+    os.kill(worker(process, 1), signal.SIGKILL)
     said = ends_soon(process)
     assert "SIGKILL" in said  # of the launcher
     assert "another process of this run has ended" in said
@@ -96,14 +46,45 @@ def test_a_process_that_is_killed_ends_all_and_one_goes_on(
 
 def test_an_error_of_one_process_is_told_and_ends_all(home: Path, toy_model: Path) -> None:
     """Its clips are gone, those of the cache too."""
-    folder, clips = home / "broken", make_data(home / "clips")
-    process = start(clips, toy_model, 29652, f"output_dir={folder}")
-    wait_for_step(folder, process, 2)
+    clips = make_data(home / "clips")
+    folder = clips / "out" / "broken"
+    process = start(clips, toy_model, "broken", *FEW, *LONG, launcher=True)
+    wait_for_step(process, folder, 2)
     shutil.rmtree(clips / "data")
     shutil.rmtree(clips / "cache")
     said = ends_soon(process)
     assert "error: " in said
     assert ".png" in said.split("error: ")[1]
+
+
+@pytest.mark.parametrize(
+    ("phase", "settings"),
+    [
+        ("encoding latents", []),
+        ("held-out", ["eval.every=1", "eval.draws=2000"]),
+        ("rendering samples", ["preview.prompts=[one,two]", "preview.steps=3000"]),
+    ],
+)
+def test_a_process_that_is_killed_between_steps_ends_all(
+    phase: str,
+    settings: list[str],
+    tmp_path: Path,
+    toy_model: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make_data(tmp_path)
+    for seed in range(5, 60):
+        make_image(tmp_path / "data" / f"{seed}.png", seed, f"noise {seed}")
+    short = [*FEW, "eval.every=0", "steps=1", "optim.warmup_steps=0"]
+    process = start(tmp_path, toy_model, "early", *short, *settings, launcher=True)
+    wait_for_text(process, phase)
+    os.kill(worker(process, 1), signal.SIGKILL)
+    assert "SIGKILL" in ends_soon(process)
+    assert not checkpoints_in(tmp_path / "out" / "early" / "checkpoints")
+    folder = run(config_of(tmp_path, toy_model, "early", *short))
+    assert (folder / "summary.json").exists()
+    if phase != "encoding latents":
+        assert "latents: 60 reused, 0 encoded" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("error", "spoken"), [(DataError, True), (ConfigError, False)])

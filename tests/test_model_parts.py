@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,23 +72,16 @@ def folder_itself(source: Path, _target: Path, _facts: Variant) -> Path:
 @pytest.mark.parametrize(
     "write", [folder_itself, sharded, write_official, hub, official_hub, comfy, flat, gguf]
 )
+@pytest.mark.usefixtures("no_network")
 def test_every_layout_is_found_without_the_network(
     request: pytest.FixtureRequest,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     name: str,
     write: Write,
 ) -> None:
     source: Path = request.getfixturevalue(TOYS[name])
     facts = VARIANTS[name]
     path = write(source, tmp_path / "model", facts)
-
-    def refuse(*_args: object, **_options: object) -> None:
-        raise AssertionError("the network was asked")
-
-    for place, function in ((socket, "create_connection"), (socket.socket, "connect")):
-        monkeypatch.setattr(place, function, refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
     model = find(path, name)
     assert set(model.parts) == {*facts.experts, "vae", "text_encoder"}
     assert (model.tokenizer / "tokenizer.json").is_file()

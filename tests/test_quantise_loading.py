@@ -1,9 +1,7 @@
 """Transformers whose blocks are packed while they are read, and what trains on them."""
 
-import json
-import os
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from safetensors.torch import save_file
 from stored_weights import transformer_weights, weights_of
 from torch import Tensor
 
+from tests.processes import loading_bytes
 from tests.toy_runs import batch_of
 from train.step import draw_noise, velocity_error
 from wan.adapter_choices import BLOCK_LINEARS, target_modules
@@ -25,6 +24,7 @@ from wan.headers import ModelError
 from wan.lora import adapter_parameters, attach
 from wan.quantise import quantise_blocks
 from wan.quantised_weight import ROWS, pack
+from wan.recognise import Weights
 from wan.speed import blocks_of, prepare_blocks
 from wan.speed_choices import FrozenFormat, Keep
 from wan.transformer import predict_velocity
@@ -194,45 +194,15 @@ def test_the_base_beneath_an_adapter_is_the_packed_one(
         assert torch.equal(predict_velocity(model, x, t, text), before)
 
 
-MEASURE = """
-import json, sys
-from pathlib import Path
-import torch
-from wan.quantised_weight import pack
-from wan.recognise import Weights
-from wan.weights import build_transformer
-
-def memory(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
-
-config = json.loads(sys.argv[2])
-weights = Weights("high", (Path(sys.argv[1]),), "diffusers", "", "bf16", config)
-pack(torch.ones(256, 1024), "fp8")  # what the first product of a process takes
-before = memory("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-model = build_transformer(weights, torch.bfloat16, "cpu", "fp8")
-held = sum(tensor.nbytes for tensor in model.state_dict().values())
-print(memory("VmHWM") - before - held, held)
-"""
-
-
 def test_packing_takes_little_more_than_the_packed_model(tmp_path: Path) -> None:
     """130 MB in bf16 into fp8, in a process of its own: there is never a whole model in bf16."""
     config = {"num_attention_heads": 4, "num_layers": 10, "ffn_dim": 4096, "text_dim": 256}
     shapes = {name: t.shape for name, t in empty_transformer(config).state_dict().items()}
     file = tmp_path / "model.safetensors"
     save_file({n: torch.ones(shape, dtype=torch.bfloat16) for n, shape in shapes.items()}, file)
-    alone = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    alone["MALLOC_MMAP_THRESHOLD_"] = "65536"  # or what was freed counts as long as glibc keeps it
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(file), json.dumps(config)],
-        env=os.environ | alone,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    beside, held = map(int, done.stdout.split())
+    weights = Weights("high", (file,), "diffusers", "", "bf16", config)
+    load = partial(build_transformer, weights, torch.bfloat16, "cpu", "fp8")
+    beside, held = loading_bytes(load)
     assert held < 0.62 * file.stat().st_size
     largest = max(shape.numel() for shape in shapes.values())
     # The tensor in bf16, its packed parts twice as they are joined, and rows of it in fp32.

@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +68,11 @@ def test_the_embedded_model_renders_prompts_and_seeds(run: Run, tmp_path: Path) 
 
 
 def test_the_command_in_a_file_makes_the_same_file(
-    run: Run, toy_i2v_model: Path, tmp_path: Path
+    run: Run,
+    toy_i2v_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Read back by the program, and typed in another folder that holds the files it names."""
     image = save_noise(tmp_path / "first.png", 0, 48, 64)
@@ -85,14 +88,13 @@ def test_the_command_in_a_file_makes_the_same_file(
     (elsewhere / toy_i2v_model.name).symlink_to(toy_i2v_model)
     for path in (image, tmp_path / "last.png"):
         shutil.copy(path, elsewhere)
-    read = [sys.executable, "-m", "tools.render", "--read", str(first[0])]
-    done = subprocess.run(read, cwd=elsewhere, capture_output=True, text=True, check=True)
-    command = shlex.split(done.stdout.splitlines()[0])
+    monkeypatch.chdir(elsewhere)  # the working folder is where the names of files begin
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["render", "--read", str(first[0])])
+    render.main()
+    command = shlex.split(capsys.readouterr().out.splitlines()[0])
     assert tuple(command[:3]) == PROGRAM
-    # The working folder is where the names of files begin.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(elsewhere)
-        again = run(*command[3:], out="again")
+    again = run(*command[3:], out="again")
     assert [path.name for path in again] == [path.name for path in first]
     assert len(first) == 2 * 3
     for one, other in zip(first, again, strict=True):

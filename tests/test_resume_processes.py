@@ -1,18 +1,12 @@
 """Two processes: they go on exactly, stop together, and hand over to one with the same items."""
 
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.forked_runs import free_port
 from tests.resumable_runs import (
-    SHORT,
     assert_same_run,
     config_of,
     figures,
@@ -21,15 +15,10 @@ from tests.resumable_runs import (
     make_data,
     run,
 )
+from tests.two_processes import launch, start, wait_for_step
 from train.checkpoint import checkpoints_in, step_of
 
-ROOT = Path(__file__).parent.parent
 FEW = ["steps=3", "turn_steps=2", "preview.prompts=[]", "eval.every=0", "tracking.log_every=1"]
-UNDER_TORCHRUN = [
-    "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
-    str(ROOT / "train" / "lora.py"),
-]  # fmt: skip
-FORKED = ["-m", "tests.forked_runs", "2"]  # the same in half the time
 
 
 @pytest.fixture(scope="module")
@@ -37,27 +26,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("processes"))
 
 
-def start(program: list[str], home: Path, model: Path, name: str) -> subprocess.Popen[str]:
-    """A program that trains, in two processes."""
-    settings = [
-        f"output_dir={home / 'out' / name}", f"model.path={model}", f"data.path={home / 'data'}",
-        f"data.cache={home / 'cache'}", "name=toy", "model=tiny", "data.height=32",
-        "data.width=48", "data.workers=0", "lora.rank=2", *SHORT, *FEW,
-    ]  # fmt: skip
-    return subprocess.Popen(
-        [sys.executable, *program, *settings],
-        cwd=ROOT,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 @pytest.fixture(scope="module")
 def whole(home: Path, toy_model: Path) -> Path:
     """A run of two processes that never stopped."""
-    said, _ = start(FORKED, home, toy_model, "whole").communicate()
+    said = launch(home, toy_model, "whole", *FEW)
     folder = home / "out" / "whole"
     assert (folder / "summary.json").exists(), said[-3000:]  # gloo may abort after all is written
     return folder
@@ -67,18 +39,14 @@ def test_two_processes_stop_together_and_go_on_exactly(
     home: Path, toy_model: Path, whole: Path
 ) -> None:
     folder = left_after(whole, home / "out" / "stopped", 1)
-    process = start(UNDER_TORCHRUN, home, toy_model, "stopped")
-    checkpoints = folder / "checkpoints"
-    for _ in range(6000):
-        if step_of(checkpoints_in(checkpoints)[-1]) >= 2 or process.poll() is not None:
-            break
-        time.sleep(0.01)
+    process = start(home, toy_model, "stopped", *FEW, launcher=True)
+    wait_for_step(process, folder, 2)
     process.send_signal(signal.SIGTERM)  # to the launcher, as when a machine is taken away
     said, _ = process.communicate()
-    stopped_at = step_of(checkpoints_in(checkpoints)[-1])
+    stopped_at = step_of(checkpoints_in(folder / "checkpoints")[-1])
     assert 2 <= stopped_at < 6, said[-3000:]
     assert "stopped    SIGTERM. To go on:\naccelerate launch --num_processes 2 " in said
-    said, _ = start(FORKED, home, toy_model, "stopped").communicate()
+    said = launch(home, toy_model, "stopped", *FEW)
     assert f"goes on    after {stopped_at} of 6 steps" in said
     assert_same_run(folder, whole)
 

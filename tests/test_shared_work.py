@@ -1,17 +1,14 @@
 """Two processes encode and render half each, and have together what one has."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.resumable_runs import SHORT, config_of, make_data, run
+from tests.resumable_runs import config_of, make_data, run
+from tests.two_processes import launch
 
-ROOT = Path(__file__).parent.parent
 FEW = [
     "steps=1", "optim.warmup_steps=0", "accumulate=1", "eval.every=0", "preview.every=0",
     "preview.prompts=[one,two,three]", "optim.learning_rate=1e-12",
@@ -26,19 +23,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def said(home: Path, toy_model: Path) -> str:
     """What a run of two processes says; it encodes into an empty cache."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29661",
-        str(ROOT / "train" / "lora.py"), "name=toy", "model=tiny", f"model.path={toy_model}",
-        f"data.path={home / 'data'}", f"data.cache={home / 'two'}", "data.height=32",
-        "data.width=48", "data.workers=0", "lora.rank=2", f"output_dir={home / 'out' / 'two'}",
-        *SHORT, *FEW,
-    ]  # fmt: skip
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=home, env=environment, capture_output=True, text=True, check=False
-    )  # gloo may abort a process after all is written
-    assert (home / "out" / "two" / "summary.json").exists(), done.stderr[-3000:]
-    return done.stdout + done.stderr
+    said = launch(home, toy_model, "two", *FEW, f"data.cache={home / 'two'}", launcher=True)
+    assert (home / "out" / "two" / "summary.json").exists(), said[-3000:]
+    return said
 
 
 def samples(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,11 +1,7 @@
 """Every layout gives the same model, tensor by tensor, in little memory and off the network."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import layouts
@@ -18,6 +14,7 @@ from stored_weights import FILE, transformer_weights, weights_of
 from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
+from tests.processes import loading_bytes
 from wan.headers import ModelError
 from wan.latents import decode_latents, encode_video
 from wan.recognise import Weights
@@ -36,15 +33,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 SLACK = 8 * 2**20  # bytes of memory that are no tensor's
 KEPT_IN_FP32 = ("time_embedder", "scale_shift_table", "norm2")
 T2V, TI2V = VARIANTS["t2v_a14b"], VARIANTS["ti2v_5b"]
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_args: object) -> None:
-        raise AssertionError("the network was asked")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 def equal(model: nn.Module, expected: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -267,26 +256,6 @@ def test_tensors_are_counted_and_read_one_at_a_time(toy_ti2v_model: Path, tmp_pa
     assert all(torch.equal(read[name].float(), values[name]) for name in values)
 
 
-MEASURE = """
-import json, sys
-from pathlib import Path
-import torch
-from wan.recognise import Weights
-from wan.weights import build_transformer
-
-def memory(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
-
-files, config = tuple(map(Path, json.loads(sys.argv[1]))), json.loads(sys.argv[2])
-weights = Weights("high", files, "diffusers", "", "fp32", config)
-before = memory("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-model = build_transformer(weights, torch.bfloat16, "cpu")
-print(memory("VmHWM") - before - sum(parameter.nbytes for parameter in model.parameters()))
-"""
-
-
 def test_loading_takes_little_more_than_the_finished_model(tmp_path: Path) -> None:
     """300 MB of fp32 in four shards into bf16, in a process of its own: one tensor more."""
     config = {"num_attention_heads": 8, "num_layers": 4, "ffn_dim": 4096, "text_dim": 512}
@@ -295,14 +264,8 @@ def test_loading_takes_little_more_than_the_finished_model(tmp_path: Path) -> No
     for i, file in enumerate(files):
         save_file({name: torch.ones(shapes[name]) for name in list(shapes)[i::4]}, file)
     assert sum(file.stat().st_size for file in files) > 2.5e8
-    arguments = [json.dumps([str(file) for file in files]), json.dumps(config)]
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    weights = Weights("high", tuple(files), "diffusers", "", "fp32", config)
+    beside, _ = loading_bytes(partial(build_transformer, weights, torch.bfloat16, "cpu"))
     tensor = 4 * max(shape.numel() for shape in shapes.values())
     shard = max(file.stat().st_size for file in files)
-    assert int(done.stdout) < 1.2 * tensor + SLACK < 0.5 * shard
+    assert beside < 1.2 * tensor + SLACK < 0.5 * shard
