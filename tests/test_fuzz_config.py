@@ -158,9 +158,9 @@ def test_a_file_of_settings_that_holds_a_number_is_told(
 ) -> None:
     shutil.copytree(CONF, tmp_path / "conf")
     (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("9")
-    with pytest.raises(SystemExit) as stopped, clear_errors():
-        with hydra.initialize_config_dir(str(tmp_path / "conf"), version_base="1.3"):
-            hydra.compose("config", [*BASE, "experiment=mine"])
+    conf = hydra.initialize_config_dir(str(tmp_path / "conf"), version_base="1.3")
+    with pytest.raises(SystemExit) as stopped, clear_errors(), conf:
+        hydra.compose("config", [*BASE, "experiment=mine"])
     assert stopped.value.code == 2
     assert "the settings cannot be read" in capsys.readouterr().err
 
