@@ -101,9 +101,9 @@ def _measured(
 ) -> dict[str, object]:
     """Rounds of floor, reference and our step, one after the other; the medians."""
     device, blocks = inputs.x.device, len(blocks_of(model))
-    few = [reference(facts, count, device) for count in REFERENCE_BLOCKS]
     compiled = device.type == "cuda"
     keep = set_up_blocks(model, preset.keep or "auto", compiled, inputs.x.shape, rows=1)
+    few = [reference(facts, count, device) for count in REFERENCE_BLOCKS]  # not there in a training
     graphs = graphs_compiled()
     recorded = StepGraphs(compiled)
     theirs = sum(p.nbytes for other in few for p in other.parameters())
