@@ -179,6 +179,8 @@ def test_a_file_of_settings_that_holds_a_number_is_told(
         ("+lora.rank_pattern={a: '${name}'}", "lora.rank_pattern.a: While dereferencing"),
         ("preview.seeds=['${name}']", "preview.seeds[0]: While dereferencing"),
         ("lora=5", "lora is a section, not a key: set lora.rank, "),
+        ("++data=${name}", "data is a section, not a key: set data.path, "),
+        ("++high=${low}", "high is a section, not a key: set high.rank, "),
     ],
 )
 def test_values_of_another_type_are_told(

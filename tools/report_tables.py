@@ -9,9 +9,7 @@ from tools.report_privacy import shown, shown_setting
 from tools.report_runs import Export, RunRecord
 from wan.variants import VARIANTS, Expert
 
-VERSION = re.compile(
-    r"wan_lora\.(torch|diffusers|peft)_version"
-)  # of a package, in an exported file
+VERSION = re.compile(r"wan_lora\.(torch|diffusers|peft)_version")  # in an exported file
 MANY = 30  # lines of a list that may be long
 ALWAYS_DIFFERENT = ("name", "output_dir")  # between runs
 FROM_METADATA = {

@@ -52,6 +52,7 @@ def unknown_key(path: str, keys: Mapping[str, Key]) -> ConfigError:
 def typed(cfg: DictConfig) -> Config:
     """The composed settings as checked plain dataclasses; `ConfigError` if one is wrong."""
     values = leaves(OmegaConf.to_container(cfg), of_users=OF_USERS)
+    _refuse_sections(values)
     _refuse_references(values)
     mixed = [f"data.mix.{name}" for name in cfg.data.mix]
     known = schema() | {found.path: found for name in mixed for found in _source_keys(name)}
@@ -82,6 +83,23 @@ def _source(name: str, given: DictConfig) -> SourceConfig:
         raise ConfigError(f"data.mix.{name}.{error.full_key}: {found}.") from None
     assert isinstance(source, SourceConfig)
     return source
+
+
+def section_told(path: str, keys: list[str]) -> str:
+    """That `path` is a section of settings, and which `keys` can be set in it."""
+    return f"{path} is a section, not a key: set {', '.join(keys)}"
+
+
+def keys_within(path: str) -> list[str]:
+    """The keys of a section of settings; none if `path` is not one."""
+    return [name for name in schema() if name.startswith(f"{path}.")]
+
+
+def _refuse_sections(values: Mapping[str, object]) -> None:
+    """A section in whose place one value stands: Hydra lets `++data=${name}` pass."""
+    for path in values:
+        if path not in schema() and keys_within(path):
+            raise ConfigError(section_told(path, keys_within(path)))
 
 
 def _refuse_references(values: Mapping[str, object]) -> None:

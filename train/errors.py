@@ -17,7 +17,7 @@ from omegaconf.errors import (
 )
 
 from data.items import DataError
-from train.compose import unknown_key
+from train.compose import keys_within, section_told, unknown_key
 from train.config import schema
 from train.rules import ConfigError, MemoryFull, TrainingStopped
 from wan.headers import ModelError
@@ -139,9 +139,9 @@ def _wrong_setting(error: OmegaConfBaseException) -> str:
     if isinstance(error, (ConfigAttributeError, ConfigKeyError)):
         return str(unknown_key(path, schema()))
     known = schema().get(path)
-    keys = [name for name in schema() if name.startswith(f"{path}.")]
+    keys = keys_within(path)
     if isinstance(error, ValidationError) and keys:
-        return f"{path} is a section, not a key: set {', '.join(keys)}"
+        return section_told(path, keys)
     found = str(error.msg or error).splitlines()[0].rstrip(".")
     if known is None:
         return f"{path}: {found}."
