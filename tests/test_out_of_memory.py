@@ -1,13 +1,18 @@
-"""Memory that is full in any phase: nothing is lost, and the message says what to change."""
+"""Memory that is full in any phase: nothing is lost, and the message says what to change.
 
+On a machine with a GPU its memory is really filled; elsewhere PyTorch's error is raised.
+"""
+
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -15,13 +20,33 @@ from tests.resumable_runs import assert_same_run, config_of, make_data, run
 from tests.toy_runs import make_image
 from train import learner
 from train.checkpoint import checkpoints_in, step_of
+from train.config import Config
 from train.ema import Average
 from train.errors import clear_errors
 from train.rules import ConfigError, MemoryFull, TrainingStopped
+from train.step import StepInputs
 
-SIZES = ["data.height=64", "data.width=96", "preview.prompts=[]", "checkpoint.every=0"]
-AVERAGED = ["lora.ema=0.6", "export.weights=ema"]
+SIZES = [
+    "data.height=64", "data.width=96", "preview.prompts=[]", "checkpoint.every=0",
+    "speed.compile=false",  # what is compiled on a GPU calls no hook
+]  # fmt: skip
+# PyTorch's fused update takes no memory, and cannot run out of it.
+AVERAGED = ["lora.ema=0.6", "export.weights=ema", "+optim.args.foreach=false"]
 SMALL, LARGE = (4, 6), (8, 12)  # of latents
+ON_GPU = torch.cuda.is_available()
+SMALLEST = 512  # bytes that PyTorch gives at least
+
+pytestmark = pytest.mark.gpu
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at its first product
+
+
+@pytest.fixture(scope="module", autouse=True)
+def to_the_bit() -> Iterator[None]:
+    """Runs of the same settings are the same run, on a GPU too."""
+    torch.use_deterministic_algorithms(ON_GPU)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +68,41 @@ def averaged(home: Path, toy_model: Path) -> Path:
     return run(config_of(home, toy_model, "averaged", *SIZES, *AVERAGED))
 
 
+def run_out() -> NoReturn:
+    """All of the memory is taken, and more is asked for."""
+    if ON_GPU:
+        taken, size = [], torch.cuda.mem_get_info()[1]  # this frame holds it, as others their own
+        while size >= SMALLEST:
+            try:
+                taken.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+            except torch.OutOfMemoryError:
+                size //= 2
+        torch.empty(SMALLEST, dtype=torch.uint8, device="cuda")
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 @contextmanager
 def full_memory(kind: str, when: Callable[[Tensor], bool]) -> Iterator[None]:
     """As if memory were full when a module of this class is given such an input."""
 
     def check(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if type(module).__name__ == kind and when(inputs[0]):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            run_out()
 
     hook = register_module_forward_pre_hook(check)
     try:
         yield
     finally:
         hook.remove()
+
+
+def assert_goes_on(config: Config, step: int, whole: Path) -> None:
+    """All steps up to this one are saved, and the same command ends as the whole run did."""
+    folder = Path(config.output_dir)
+    (saved,) = checkpoints_in(folder / "checkpoints")
+    assert step_of(saved) == step
+    run(config)
+    assert_same_run(folder, whole)
 
 
 def stopped(home: Path, model: Path, name: str, kind: str, when: Callable[[Tensor], bool]) -> str:
@@ -120,10 +167,7 @@ def test_full_memory_while_measuring_loses_no_step_and_no_trained_value(
     with full_memory("WanRotaryPosEmbed", measuring), pytest.raises(TrainingStopped) as error:
         run(config)
     assert "is full, while measuring after 4 steps, which is predicted to take" in str(error.value)
-    (saved,) = checkpoints_in(folder / "checkpoints")
-    assert step_of(saved) == 4
-    run(config)
-    assert_same_run(folder, averaged)
+    assert_goes_on(config, 4, averaged)
 
 
 def test_full_memory_while_encoding_is_told_so(home: Path, toy_model: Path, tmp_path: Path) -> None:
@@ -140,7 +184,7 @@ def test_full_memory_while_loading_is_told_so(home: Path, toy_model: Path) -> No
     def make(optimizer: torch.optim.AdamW, groups: list[dict], **settings: Any) -> None:
         made(optimizer, groups, **settings)
         if sum(len(group["params"]) for group in groups) > 2:  # those of the check before
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            run_out()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "__init__", make)
@@ -159,17 +203,34 @@ def test_no_room_for_what_an_optimizer_remembers_loses_no_step_of_the_other_expe
         calls.append(optimizer)
         stepped(optimizer)
         if len(calls) > 2 and optimizer is not calls[-2]:  # the first are those of the check
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            run_out()
 
     config = config_of(home, toy_model, "optimizer", *SIZES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
         with pytest.raises(TrainingStopped, match="is full, in step 4: "):
             run(config)
-    (saved,) = checkpoints_in(Path(config.output_dir) / "checkpoints")
-    assert step_of(saved) == 3
-    run(config)
-    assert_same_run(Path(config.output_dir), whole)
+    assert_goes_on(config, 3, whole)
+
+
+def test_full_memory_on_the_way_back_loses_no_step(
+    home: Path, toy_model: Path, whole: Path
+) -> None:
+    error_of, calls = learner.error_of, []
+
+    def error(transformer: WanTransformer3DModel, inputs: StepInputs) -> Tensor:
+        losses = error_of(transformer, inputs)
+        calls.append(losses.shape)
+        if len(calls) == 8:  # the second batch of the third step
+            losses.register_hook(lambda _: run_out())
+        return losses
+
+    config = config_of(home, toy_model, "backward", *SIZES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learner, "error_of", error)
+        with pytest.raises(TrainingStopped, match="is full, in step 3: "):
+            run(config)
+    assert_goes_on(config, 2, whole)
 
 
 @pytest.mark.parametrize("updating", ["adapter", "average"])
@@ -191,7 +252,7 @@ def test_full_memory_in_a_later_update_loses_no_step(
     def raise_at_third(changed: list[nn.Parameter], what: str) -> None:
         calls.extend([what] * (what == updating and len(changed) > 2))  # fewer are the check's
         if len(calls) == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            run_out()
 
     config = config_of(home, toy_model, f"late_{updating}", *SIZES, *AVERAGED)
     with pytest.MonkeyPatch.context() as patch:
@@ -199,10 +260,7 @@ def test_full_memory_in_a_later_update_loses_no_step(
         patch.setattr(learner, "follow_adapter", follow)
         with pytest.raises(TrainingStopped, match="is full, in step 3: "):
             run(config)
-    (saved,) = checkpoints_in(Path(config.output_dir) / "checkpoints")
-    assert step_of(saved) == 2
-    run(config)
-    assert_same_run(Path(config.output_dir), averaged)
+    assert_goes_on(config, 2, averaged)
 
 
 def test_of_several_processes_the_one_whose_memory_is_full_says_so(
