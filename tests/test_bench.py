@@ -18,8 +18,10 @@ def test_a_step_is_compared_with_floor_and_reference() -> None:
     assert [(line["preset"], line["shape"]) for line in lines] == [
         ("bf16, attention kept", [5, 32, 32]),
         ("bf16, auto", [5, 32, 32]),
+        ("bf16, auto, inputs in host memory, 80 GiB", [5, 32, 32]),
         ("bf16, auto", [1, 32, 32]),
         ("fp8, auto", [5, 32, 32]),
+        ("fp8, auto, inputs in host memory", [5, 32, 32]),
         ("fp8, auto", [1, 32, 32]),
     ]
     for line in lines:

@@ -11,7 +11,7 @@ import torch
 from wan import footprint
 from wan.footprint import GIB, Load
 from wan.key_names import transformer_config
-from wan.speed_choices import KEEPS, FrozenFormat, Keep
+from wan.speed_choices import KEEPS, FrozenFormat, InputPlace, Keep
 from wan.variants import A14B, VARIANTS
 
 MEASURED = Path(__file__).parent / "measured_memory.csv"
@@ -32,12 +32,16 @@ def predicted(row: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> float:
     weights = footprint.weights_of_config(config, torch.bfloat16, frozen)
     kinds: tuple[Keep, ...] = ("attention", "products", "everything", "nothing", "host")
     keep: list[Keep] = [kind for kind in kinds for _ in range(int(row[kind] or 0))]
-    load = Load(facts, tokens, 1, 16, frozen, compiled=not row["eager"])
+    load = Load(facts, tokens, 1, 16, frozen, compiled=not row["eager"], inputs=inputs_of(row))
     adapters = facts.layers * 16 * (18 * facts.dim + 2 * facts.ffn_dim)
     adapters *= footprint.TRAINED if row["placement"] else 4
     resting = footprint.resting_bytes([weights], row["placement"] or "resident")
     resting += adapters + footprint.BESIDE
     return (resting + footprint.activation_bytes(load, keep)) / GIB
+
+
+def inputs_of(row: dict[str, str]) -> InputPlace:
+    return cast("InputPlace", row["inputs"] or "device")
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[LINES[1 + index] for index in range(len(ROWS))])
@@ -73,6 +77,19 @@ def test_what_it_should_depend_on() -> None:
     assert footprint.activation_bytes(replace(VIDEO, rank=128), keep) > once
     weights_only = replace(VIDEO, frozen="fp8_weights")
     assert footprint.activation_bytes(weights_only, keep) - once == 10 * 5120 * 13824
+
+
+def test_inputs_that_wait_in_host_memory_make_room_for_as_much() -> None:
+    keep: tuple[Keep, ...] = ("attention",) * 30 + ("products",) * 9 + ("everything",)
+    host = replace(VIDEO, inputs="host")
+    waiting = footprint.waiting_bytes(host, keep)
+    assert waiting == 39 * 4 * 32_760 * 5120
+    assert footprint.waiting_bytes(VIDEO, keep) == 0
+    room = footprint.activation_bytes(VIDEO, keep) - footprint.activation_bytes(host, keep)
+    assert room == pytest.approx(waiting, rel=0.06)
+    budget = footprint.activation_bytes(VIDEO, keep)
+    more = footprint.chosen_keep(host, "auto", 40, budget).count("products")
+    assert more > footprint.chosen_keep(VIDEO, "auto", 40, budget).count("products") + 5
 
 
 def test_processes_that_share_a_clip_divide_its_activations() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from tools.bench_random import adapted, our_loss, random_inputs
 from wan.memory import BlockBytes, keep_that_fits, measure_block, peak, set_up_blocks
-from wan.speed_choices import Keep
+from wan.speed_choices import INPUT_PLACES, InputPlace, Keep
 from wan.variants import VARIANTS
 
 COSTS: dict[Keep, BlockBytes] = {
@@ -84,13 +84,15 @@ def test_on_a_cpu_everything_fits() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("inputs_wait", INPUT_PLACES)
 @pytest.mark.parametrize("keep", ["nothing", "attention", "products", "everything"])
-def test_the_peak_that_is_foretold_is_that_of_a_step(keep: Keep) -> None:
+def test_the_peak_that_is_foretold_is_that_of_a_step(keep: Keep, inputs_wait: InputPlace) -> None:
     gc.collect()  # the model of the test before, whose end would else fall into a measurement
     device, facts, blocks = torch.device("cuda"), VARIANTS["ti2v_5b"], 8
     transformer = adapted(facts, blocks, torch.bfloat16, device, None)
     inputs = random_inputs(facts, (17, 480, 832), device)
-    foretold = peak((keep,) * blocks, partial(measure_block, transformer, inputs.x.shape, 1, False))
+    measured = partial(measure_block, transformer, inputs.x.shape, 1, False, inputs_wait)
+    foretold = peak((keep,) * blocks, measured)
     static = 0
     for _ in range(2):
         transformer.zero_grad()

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from tests.block_examples import (
     streaming_transformer,
     velocity,
 )
-from wan.offload import _Shelf, checkpoint_in_host
+from tests.resumable_runs import assert_same_run, config_of, make_data, run
+from wan.offload import BlockForward, _Shelf, checkpoint_in_host, inputs_in_host
 from wan.speed import blocks_of, prepare_blocks
+from wan.speed_choices import WITH_INPUTS, Keep
 from wan.transformer import block_forward
 
 CPU = torch.device("cpu")
@@ -35,10 +38,11 @@ def offloaded(
     dropout: float = 0.0,
     forward: Callable[..., Tensor] = block_forward,
     device: torch.device = CPU,
+    wrap: Callable[[BlockForward, torch.device], BlockForward] = checkpoint_in_host,
 ) -> WanTransformer3DModel:
     transformer = streaming_transformer(dropout)
     transformer.to(device)
-    run = checkpoint_in_host(forward, device)
+    run = wrap(forward, device)
     for block in blocks_of(transformer):
         block.forward = partial(run, block)
     return transformer
@@ -53,12 +57,47 @@ def test_a_step_is_that_of_a_plain_checkpoint_bit_for_bit(dropout: float) -> Non
     assert same(loss_and_gradients(offloaded()), expected) == (dropout == 0)
 
 
-def test_a_step_of_compiled_blocks_is_the_same() -> None:
+@pytest.mark.parametrize("wrap", [checkpoint_in_host, inputs_in_host])
+def test_a_step_of_compiled_blocks_is_the_same(wrap: Callable[..., BlockForward]) -> None:
     run = torch.compile(block_forward, backend="aot_eager")
     expected = loss_and_gradients(streaming_transformer())
-    found = loss_and_gradients(offloaded(forward=run))
+    found = loss_and_gradients(offloaded(forward=run, wrap=wrap))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("keep", "compiled"), [*((keep, False) for keep in sorted(WITH_INPUTS)), ("products", True)]
+)
+def test_of_what_a_block_keeps_its_input_alone_waits_in_host_memory(
+    keep: Keep, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    park, parked = _Shelf.park, []
+
+    def noted(shelf: _Shelf, hidden: Tensor) -> object:
+        parked.append(hidden.shape)
+        return park(shelf, hidden)
+
+    monkeypatch.setattr(_Shelf, "park", noted)
+    plain, transformer = streaming_transformer(), streaming_transformer()
+    prepare_blocks(plain, [keep] * LAYERS, compiled, CPU)
+    expected = loss_and_gradients(plain)
+    assert not parked
+    prepare_blocks(transformer, [keep] * LAYERS, compiled, CPU, "host")
+    for steps in (1, 2):
+        assert same(loss_and_gradients(transformer), expected)
+        assert parked == [(1, 4, 512)] * LAYERS * steps
+
+
+def test_a_run_whose_inputs_wait_in_host_memory_is_the_same_run(
+    toy_model: Path, tmp_path: Path
+) -> None:
+    home = make_data(tmp_path)
+    one, other = (
+        run(config_of(home, toy_model, place, "speed.keep=attention", f"speed.inputs={place}"))
+        for place in ("device", "host")
+    )
+    assert_same_run(other, one)
 
 
 def test_steps_of_several_shapes_one_after_the_other() -> None:

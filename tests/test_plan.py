@@ -201,8 +201,8 @@ PLACED = ["speed.placement=stream", "model.dtype=bfloat16", "speed.frozen=fp8"]
 @pytest.mark.parametrize(
     ("phase", "remedies"),
     [
-        ("training", ["speed.keep=attention", "speed.keep=nothing", "speed.keep=host",
-                      "accumulate=2", *PLACED, "data.frames=25", "data.width=624"]),
+        ("training", ["speed.inputs=host", "speed.keep=attention", "speed.keep=nothing",
+                      "speed.keep=host", "accumulate=2", *PLACED, "data.frames=25", "data.width=624"]),
         ("measuring", ["accumulate=2", *PLACED, "data.frames=25", "data.width=624"]),
         ("loading", PLACED),
         ("encoding", ["data.vae_dtype=bfloat16", "data.frames=25", "data.width=624"]),

@@ -73,6 +73,15 @@ def test_what_is_kept_changes_no_bit_of_the_gradient(
     assert torch.equal(gradient(transformer, inputs), plain)
 
 
+@pytest.mark.parametrize("keep", KEEPS)
+def test_where_inputs_wait_changes_no_bit_of_it(keep: Keep, inputs: Inputs, plain: Tensor) -> None:
+    transformer = model()
+    prepare_blocks(transformer, (keep, "products"), False, CPU, "host")
+    for _ in range(2):
+        transformer.zero_grad()
+        assert torch.equal(gradient(transformer, inputs), plain)
+
+
 def test_blocks_may_keep_different_things(inputs: Inputs, plain: Tensor) -> None:
     transformer = model()
     prepare_blocks(transformer, ("attention", "everything"), False, CPU)

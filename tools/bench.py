@@ -39,7 +39,7 @@ from tools.bench_profile import bench_profile
 from tools.bench_random import Shape
 from tools.bench_sample import bench_sample
 from tools.bench_step import PRESETS, bench_steps, gradient_errors
-from wan.speed_choices import KEEPS, FrozenFormat
+from wan.speed_choices import INPUT_PLACES, KEEPS, FrozenFormat
 from wan.variants import VARIANTS, Variant
 
 EXACT_BLOCKS = 2  # in fp32 beside
@@ -81,6 +81,7 @@ def main() -> None:
         each.add_argument("--frozen", choices=("fp8", "fp8_weights", "int8", "nf4"))
     for each in (profile, fit):
         each.add_argument("--keep", choices=("auto", *KEEPS), default="auto")
+    fit.add_argument("--inputs", choices=INPUT_PLACES, default="device")
     fit.add_argument("--steps", type=int, default=3)
     fit.add_argument("--eager", action="store_true")
     cache.add_argument("folder", type=Path)
@@ -125,7 +126,9 @@ def _profile(facts: Variant, asked: argparse.Namespace) -> None:
 
 def _fit(facts: Variant, asked: argparse.Namespace) -> None:
     compiled = not asked.eager
-    setup = Setup(asked.cap, asked.placement, asked.frozen, asked.keep, compiled, asked.steps)
+    setup = Setup(
+        asked.cap, asked.placement, asked.frozen, asked.keep, asked.inputs, compiled, asked.steps
+    )
     for shape in asked.shapes:
         print(json.dumps(bench_fit(facts, asked.blocks, shape, setup)), flush=True)
 

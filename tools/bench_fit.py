@@ -14,7 +14,7 @@ from tools.bench_step import GIB, peak_bytes, reset_peak, synchronise
 from wan.experts import Experts, Placement
 from wan.lora import adapter_parameters
 from wan.memory import Auto, set_up_blocks
-from wan.speed_choices import FrozenFormat, Keep
+from wan.speed_choices import FrozenFormat, InputPlace, Keep
 from wan.variants import Expert, Variant
 
 
@@ -26,6 +26,7 @@ class Setup:
     placement: Placement
     frozen: FrozenFormat | None
     keep: Keep | Auto
+    inputs: InputPlace
     compiled: bool
     steps: int
 
@@ -46,7 +47,9 @@ def bench_fit(facts: Variant, blocks: int, shape: Shape, setup: Setup) -> dict[s
         line["static_gib"] = round(torch.cuda.memory_allocated(device) / GIB, 1)
         inputs = random_inputs(facts, shape, device)
         doing = "setting up"
-        kept = set_up_blocks(transformer, setup.keep, setup.compiled, inputs.x.shape, rows=1)
+        kept = set_up_blocks(
+            transformer, setup.keep, setup.compiled, inputs.x.shape, 1, setup.inputs
+        )
         line["kept"] = {kind: kept.count(kind) for kind in dict.fromkeys(kept)}
         optimizer = torch.optim.AdamW(adapter_parameters(transformer), lr=1e-4, fused=True)
         for step in range(setup.steps):

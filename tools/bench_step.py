@@ -11,7 +11,8 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,7 +35,7 @@ from wan import lora
 from wan.compiler import graphs_compiled
 from wan.memory import set_up_blocks
 from wan.speed import blocks_of, prepare_blocks
-from wan.speed_choices import FrozenFormat, Keep
+from wan.speed_choices import FrozenFormat, InputPlace, Keep
 from wan.step_graphs import StepGraphs
 from wan.variants import Variant
 
@@ -44,18 +45,22 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Preset:
-    """How our transformer is set up; keep None = as much as fits."""
+    """How our transformer is set up; keep None = as much as fits the card, or so much of it."""
 
     name: str
     frozen: FrozenFormat | None
     keep: Keep | None
+    inputs: InputPlace = "device"
+    card_gib: float | None = None
 
 
 FORMATS: tuple[FrozenFormat | None, ...] = (None, "fp8", "fp8_weights", "int8", "nf4")
 PRESETS = (
     Preset("bf16, attention kept", None, "attention"),
     Preset("bf16, auto", None, None),
+    Preset("bf16, auto, inputs in host memory, 80 GiB", None, None, "host", 80),
     Preset("fp8, auto", "fp8", None),
+    Preset("fp8, auto, inputs in host memory", "fp8", None, "host"),
 )
 
 
@@ -93,7 +98,7 @@ def bench_steps(
 
 def _worth_it(preset: Preset, shape: Shape) -> bool:
     """A picture's activations fit as they are."""
-    return preset.keep is None or shape[0] > 1
+    return (preset.keep is None and preset.inputs == "device") or shape[0] > 1
 
 
 def _measured(
@@ -102,7 +107,10 @@ def _measured(
     """Rounds of floor, reference and our step, one after the other; the medians."""
     device, blocks = inputs.x.device, len(blocks_of(model))
     compiled = device.type == "cuda"
-    keep = set_up_blocks(model, preset.keep or "auto", compiled, inputs.x.shape, rows=1)
+    with smaller_card(preset.card_gib, device):
+        keep = set_up_blocks(
+            model, preset.keep or "auto", compiled, inputs.x.shape, 1, preset.inputs
+        )
     few = [reference(facts, count, device) for count in REFERENCE_BLOCKS]  # not there in a training
     graphs = graphs_compiled()
     recorded = StepGraphs(compiled)
@@ -139,6 +147,18 @@ def _measured(
         "first_step_seconds": round(compiling, 1),
         "graphs": graphs_compiled() - graphs,
     }
+
+
+@contextmanager
+def smaller_card(gib: float | None, device: torch.device) -> Iterator[None]:
+    """Within the block the rest of the card's memory is taken."""
+    taken = None
+    if gib is not None and device.type == "cuda":
+        rest = torch.cuda.mem_get_info(device)[1] - round(gib * GIB)
+        taken = torch.empty(rest, dtype=torch.uint8, device=device)
+    yield
+    del taken
+    _free()
 
 
 def step_seconds(

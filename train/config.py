@@ -39,7 +39,7 @@ from train.rules import (
     one_of,
 )
 from wan.adapter_choices import KINDS, PRESETS
-from wan.speed_choices import ATTENTIONS, FROZEN_FORMATS, KEEPS
+from wan.speed_choices import ATTENTIONS, FROZEN_FORMATS, INPUT_PLACES, KEEPS
 from wan.variants import VARIANTS
 
 EMBEDDED = "embedded"  # model.path of the model that lies in this repository, wan/tiny
@@ -112,6 +112,11 @@ class SpeedConfig:
         "auto",
         "activations that a step keeps rather than computes twice; auto = as fits the card",
         rule=one_of("auto", *KEEPS),
+    )
+    inputs: str = key(
+        "device",
+        "where the inputs of blocks wait for the backward pass, unless everything is kept",
+        rule=one_of(*INPUT_PLACES),
     )
     graphs: bool = key(
         True, "launch each step of pictures and short clips as one CUDA graph, where compiled"

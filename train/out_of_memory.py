@@ -104,6 +104,8 @@ def changes(need: Need) -> Iterator[tuple[str, Need]]:
     config, speed = need.setting.config, need.setting.config.speed
     if speed.placement == "resident" and len(need.setting.experts) > 1:
         yield "speed.placement=swap", _with(need, placement="swap")
+    if speed.inputs == "device":
+        yield "speed.inputs=host", _with(need, inputs="host")
     for kind in reversed(KEEPS[: KEEPS.index(need.keep[-1])]):
         yield f"speed.keep={kind}", replace(need, keep=(kind,) * len(need.keep))
     if config.batch_size > 1:

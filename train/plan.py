@@ -43,9 +43,10 @@ from wan.footprint import (
     resting_bytes,
     sample_bytes,
     tokens_of,
+    waiting_bytes,
 )
 from wan.memory import MARGIN, Auto
-from wan.speed_choices import FrozenFormat, Keep
+from wan.speed_choices import FrozenFormat, InputPlace, Keep
 from wan.variants import VARIANTS, Variant
 from wan.weights import parameter_count
 
@@ -59,6 +60,7 @@ class Work:
     bucket: Bucket
     keep: tuple[Keep, ...]
     peak: float  # bytes on the device
+    waiting: int  # bytes in host memory
     seconds: float  # a forward and backward pass of one batch
 
 
@@ -121,6 +123,7 @@ def load_of(setting: Setting, bucket: Bucket, batch: int | None = None) -> Load:
         frozen=cast("FrozenFormat | None", config.speed.frozen),
         compiled=config.speed.compile is not False,
         processes=config.speed.context,
+        inputs=cast("InputPlace", config.speed.inputs),
     )
 
 
@@ -147,11 +150,18 @@ def training(setting: Setting, buckets: Sequence[Bucket]) -> list[Work]:
             bucket=bucket,
             keep=keep,
             peak=resting + activation_bytes(load, keep),
+            waiting=waiting_bytes(load, keep),
             seconds=cards.step_seconds(load, keep, setting.card, streamed),
         )
         for bucket, load in loads.items()
     ]
     return as_measured(works, setting.measured)
+
+
+def in_host_memory(setting: Setting, works: Sequence[Work]) -> int:
+    """Bytes locked there: weights that wait, and the inputs of blocks at the largest shape."""
+    weights = host_bytes(setting.experts, setting.config.speed.placement)
+    return weights + max(work.waiting for work in works)
 
 
 def as_measured(works: Sequence[Work], measured: Mapping[Bucket, float]) -> list[Work]:
@@ -293,7 +303,7 @@ def choices(checked: Checked, card: Card) -> list[Choice]:
         setting = setting_of(checked, card, _preset(file))
         works = training(setting, buckets_of(checked.clips.train))
         peak = max(work.peak for work in works)
-        host = host_bytes(setting.experts, setting.config.speed.placement)
+        host = in_host_memory(setting, works)
         rounds = setting.config.speed.frozen is not None
         fits = peak <= setting.usable
         found.append(Choice(file.stem, peak, host, works[0].seconds, fits, rounds))

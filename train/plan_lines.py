@@ -15,7 +15,7 @@ from train.machine import disk
 from train.plan import Choice, Setting
 from train.run import Checked
 from wan.cards import CARDS, H200, Card, card_of
-from wan.footprint import CONTEXT, GIB, SHARES, host_bytes
+from wan.footprint import CONTEXT, GIB, SHARES
 from wan.memory import MARGIN
 from wan.speed_choices import Keep
 
@@ -99,7 +99,7 @@ def _memory_lines(setting: Setting, checked: Checked) -> list[str]:
         verdict = "" if fits else "  DOES NOT FIT"
         lines.append(f"memory     {name:<9}{peak / GIB:6.1f} GiB  {told}{verdict}".rstrip())
     lines.append(f"           blocks keep {_kept_told(works[0].keep)} for the backward pass")
-    host = host_bytes(setting.experts, setting.config.speed.placement)
+    host = plan.in_host_memory(setting, works)
     if host:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         short = "  MORE THAN THERE IS" if host > there else ""

@@ -18,7 +18,7 @@ from wan.headers import ModelError
 from wan.memory import Auto, set_up_blocks
 from wan.quantised_weight import check_format
 from wan.speed import blocks_of, check_attention, prepare_blocks, use_attention
-from wan.speed_choices import Attention, FrozenFormat, Keep
+from wan.speed_choices import WITH_INPUTS, Attention, FrozenFormat, InputPlace, Keep
 from wan.variants import Variant
 
 
@@ -46,7 +46,8 @@ def compiles(speed: SpeedConfig, device: torch.device) -> bool:
 def records_steps(config: Config, device: torch.device, kept: Sequence[Keep]) -> bool:
     """Whether steps may be CUDA graphs: of kernels alone, in memory that stays where it is."""
     speed = config.speed
-    on_the_device = speed.placement in ("resident", "swap") and "host" not in kept
+    waiting = "host" in kept or (speed.inputs == "host" and not WITH_INPUTS.isdisjoint(kept))
+    on_the_device = speed.placement in ("resident", "swap") and not waiting
     alike = config.lora.dropout == 0 and speed.context == 1
     return speed.graphs and on_the_device and alike and compiles(speed, device)
 
@@ -102,4 +103,5 @@ def prepare_to_train(
         compiles(config.speed, transformer.device),
         torch.Size((config.batch_size, facts.in_channels, *latents[1:])),
         rows=latents[1] if facts.conditioning == "first_frame" else 1,
+        inputs=cast("InputPlace", config.speed.inputs),
     )

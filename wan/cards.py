@@ -9,7 +9,7 @@ its makers' figure. Flops: `spec/wan22.md` section 8.3.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from wan.footprint import GIB, ExpertWeights, Load
+from wan.footprint import GIB, ExpertWeights, Load, waiting_bytes
 from wan.speed_choices import Keep
 from wan.transformer import TEXT_LEN
 from wan.variants import TransformerFacts
@@ -149,5 +149,4 @@ def _whole_bytes(load: Load, card: Card) -> float:
 def _copied_bytes(load: Load, keep: Sequence[Keep], streamed: ExpertWeights | None) -> float:
     """To and from host memory: weights in both passes, and inputs that wait there."""
     weights = 0 if streamed is None else 2 * streamed.layers * streamed.block
-    parked = 2 * 4 * load.batch * load.own_tokens * load.facts.dim * keep.count("host")
-    return weights + parked
+    return weights + 2 * waiting_bytes(load, keep)

@@ -19,7 +19,7 @@ from wan.headers import read_header
 from wan.memory import MARGIN, Auto, BlockBytes, keep_that_fits, peak
 from wan.quantised_weight import NF4_BLOCK, ROW_FORMATS
 from wan.recognise import Weights
-from wan.speed_choices import FrozenFormat, Keep
+from wan.speed_choices import WITH_INPUTS, FrozenFormat, InputPlace, Keep
 from wan.transformer import FFN_TOKENS, TEXT_LEN
 from wan.variants import TransformerFacts
 from wan.weights import empty_transformer, parameter_count
@@ -68,6 +68,7 @@ class Load:
     frozen: FrozenFormat | None = None
     compiled: bool = True
     processes: int = 1  # that share a clip: each has a part of its tokens
+    inputs: InputPlace = "device"  # of blocks: where they wait
 
     @property
     def own_tokens(self) -> int:
@@ -163,22 +164,33 @@ def block_bytes(load: Load, keep: Keep) -> BlockBytes:
         passing = tokens * PASSING * width + in_parts * PASSING_FFN * ffn
     # host: its input, the one before it on its way, its output once more, and the gradient of that
     passing += {"host": 16, "nothing": 2}.get(keep, 0) * tokens * width
+    if keep != "host" and waits(load, keep):  # its input, and the one before it on its way
+        passing += 8 * tokens * width
     return _with_whole_weight(load, kept, kept + passing)
+
+
+def waiting_bytes(load: Load, keep: Sequence[Keep]) -> int:
+    """Of inputs of blocks, in fp32, that wait in host memory, locked there."""
+    return 4 * load.batch * load.own_tokens * load.facts.dim * sum(waits(load, k) for k in keep)
+
+
+def waits(load: Load, keep: Keep) -> bool:
+    """Whether the input of a block that keeps so much waits in host memory."""
+    return keep == "host" or (load.inputs == "host" and keep in WITH_INPUTS)
 
 
 def _kept(load: Load, keep: Keep) -> float:
     """Bytes for each token."""
     width, ffn, heads = load.facts.dim, load.facts.ffn_dim, load.facts.heads
-    if keep == "host":
-        return 0
-    if keep == "nothing":
-        return 4 * width
+    hidden = 0 if waits(load, keep) else 4 * width
+    if keep in ("host", "nothing"):
+        return hidden
     if keep == "everything" and load.compiled:
         return EVERYTHING * width + EVERYTHING_FFN * ffn
     if keep == "everything":
         return EAGER_EVERYTHING * width + EAGER_EVERYTHING_FFN * ffn
     # hidden in fp32, what attention gives, its sums, and the inner products of eight adapters
-    attention = 4 * width + 2 * width + 4 * heads + 8 * 2 * load.rank
+    attention = hidden + 2 * width + 4 * heads + 8 * 2 * load.rank
     products = 6 * 2 * width + 2 * ffn  # q, k, v, out; query and out of the text's; up
     return attention + (products if keep == "products" else 0)
 

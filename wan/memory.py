@@ -20,7 +20,7 @@ from wan.context import context_of, most_of_all, rows_of_tokens
 from wan.frozen_linear import FrozenLinear
 from wan.sharding import passes_with
 from wan.speed import blocks_of, prepare_blocks
-from wan.speed_choices import KEEPS, Keep
+from wan.speed_choices import KEEPS, InputPlace, Keep
 
 Auto = Literal["auto"]
 MARGIN = 0.04  # of the card: fragments, and what libraries take beside PyTorch
@@ -40,6 +40,7 @@ def set_up_blocks(
     compiled: bool,
     shape: torch.Size,
     rows: int,
+    inputs: InputPlace = "device",
 ) -> tuple[Keep, ...]:
     """Prepare the blocks to keep what is asked for, or as much as fits; what each of them keeps.
 
@@ -54,11 +55,11 @@ def set_up_blocks(
         free = free_bytes(device, [p for p in transformer.parameters() if p.requires_grad])
         # Processes that share passes keep alike: what one computes again takes them all.
         budget = -most_of_all(passes_with(transformer), device, -free)[0]
-        measured = cache(partial(measure_block, transformer, shape, rows, compiled))
+        measured = cache(partial(measure_block, transformer, shape, rows, compiled, inputs))
         chosen = keep_that_fits(count, budget, measured)
         if set(chosen) == {"everything"}:
             turn_weights(transformer, budget - peak(chosen, measured))
-    prepare_blocks(transformer, chosen, compiled, device)
+    prepare_blocks(transformer, chosen, compiled, device, inputs)
     return chosen
 
 
@@ -112,30 +113,41 @@ def peak(keep: Sequence[Keep], measured: Callable[[Keep], BlockBytes]) -> int:
 
 
 def measure_block(
-    transformer: WanTransformer3DModel, shape: torch.Size, rows: int, compiled: bool, keep: Keep
+    transformer: WanTransformer3DModel,
+    shape: torch.Size,
+    rows: int,
+    compiled: bool,
+    inputs: InputPlace,
+    keep: Keep,
 ) -> BlockBytes:
-    """A forward and a backward pass of the last block, as `set_up_blocks` would have it.
+    """Two passes of the last block one after the other, and back, as `set_up_blocks` would have it.
 
-    The block's adapter has no gradients afterwards.
+    The second one has the first one's input on its way to where it waits. The block's adapter has
+    no gradients afterwards.
     """
     block, device, dtype = blocks_of(transformer)[-1], transformer.device, transformer.dtype
-    prepare_blocks(transformer, (keep,) * len(blocks_of(transformer)), compiled, device)
+    kinds = (keep,) * len(blocks_of(transformer))
+    prepare_blocks(transformer, kinds, compiled, device, inputs)
     batch, width = shape[0], transformer.scale_shift_table.shape[-1]
     rotary = transformer.rope(torch.empty(shape, device=device))
     tokens, context = rotary[0].shape[1], context_of(transformer)
     own = range(tokens) if context is None else context.own(tokens)
-    hidden = torch.randn(batch, len(own), width, device=device)  # (B, L, d)
+    # (B, L, d); blocks are given copies, since a leaf stays as long as its graph
+    hidden = torch.randn(batch, len(own), width, device=device, requires_grad=True)
     text = torch.randn(batch, 512, width, device=device, dtype=dtype)
     modulation = rows_of_tokens(torch.randn(batch, rows, 6, width, device=device), own, tokens)
 
     def step() -> BlockBytes:
         before = _allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        output = block(hidden.clone().requires_grad_(), text, modulation, rotary)
-        kept = _allocated(device) - before - output.nbytes
+        output = block(hidden.clone(), text, modulation, rotary)
+        one = _allocated(device)
+        output = block(output, text, modulation, rotary)
+        kept = _allocated(device) - one
         output.backward(output.detach())
         most = torch.cuda.max_memory_allocated(device) - before
-        return BlockBytes(kept, most)
+        hidden.grad = None
+        return BlockBytes(kept, most - kept)
 
     step()  # compiles, and makes the adapter's gradients
     measured = step()

@@ -1,4 +1,4 @@
-"""Checkpointed activations in host memory: of each block its input, and none on the device.
+"""The inputs of blocks in host memory, where they wait for the backward pass.
 
 The input of a block is copied out while the block computes, and back while the block after it runs
 its backward pass. The host memory is locked once and used again in each step, whatever the shapes.
@@ -6,9 +6,11 @@ its backward pass. The host memory is locked once and used again in each step, w
 
 import weakref
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from wan.pinned import SideStream, lock_in_memory
@@ -24,7 +26,7 @@ def checkpoint_in_host(forward: BlockForward, device: torch.device) -> BlockForw
     pass. Without gradients it is `forward`. To be shared by all blocks, whose inputs come back in
     reverse order.
     """
-    shelf = _Shelf(device)
+    shelf = _shelf(device)
 
     def run(block: nn.Module, hidden: Tensor, *rest: object) -> Tensor:
         if not torch.is_grad_enabled():
@@ -37,6 +39,36 @@ def checkpoint_in_host(forward: BlockForward, device: torch.device) -> BlockForw
         return checkpoint(compute, *rest, use_reentrant=False)
 
     return run
+
+
+def inputs_in_host(forward: BlockForward, device: torch.device) -> BlockForward:
+    """`forward(block, hidden, ...)` that keeps its `hidden` in host memory for the backward pass.
+
+    What else it keeps stays on the device. As with `checkpoint_in_host`, blocks run in turn, and
+    there is no second backward pass.
+    """
+    shelf = _shelf(device)
+
+    def run(block: nn.Module, hidden: Tensor, *rest: object) -> Tensor:
+        if not torch.is_grad_enabled():
+            return forward(block, hidden, *rest)
+        identity = _identity(hidden)  # not itself: hooks live as long as what is kept
+
+        def pack(kept: Tensor) -> Tensor | _Parked:
+            return shelf.park(kept) if _identity(kept) == identity else kept
+
+        def unpack(kept: Tensor | _Parked) -> Tensor:
+            return shelf.fetch(kept).detach() if isinstance(kept, _Parked) else kept
+
+        with saved_tensors_hooks(pack, unpack):
+            return forward(block, hidden, *rest)
+
+    return run
+
+
+def _identity(tensor: Tensor) -> tuple[object, ...]:
+    """The same for two tensors that are views of the same numbers in the same order."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 class _Parked:
@@ -113,3 +145,9 @@ class _Shelf:
         buffer = torch.empty(nbytes, dtype=torch.uint8)
         lock_in_memory(buffer, self._device)
         return buffer
+
+
+@cache
+def _shelf(device: torch.device) -> _Shelf:
+    """One for all transformers on a device, which are not at work at once: its memory is locked."""
+    return _Shelf(device)

@@ -26,8 +26,8 @@ from torch.utils.checkpoint import (
 
 import wan.frozen_operators  # noqa: F401  (defines torch.ops.wan)
 from wan import compiler
-from wan.offload import BlockForward, checkpoint_in_host
-from wan.speed_choices import Attention, Keep
+from wan.offload import BlockForward, checkpoint_in_host, inputs_in_host
+from wan.speed_choices import WITH_INPUTS, Attention, InputPlace, Keep
 from wan.transformer import Rotary, block_forward
 
 # What the library calls the kernels of attention.
@@ -65,15 +65,23 @@ SMALL = 2**23  # elements
 
 
 def prepare_blocks(
-    transformer: WanTransformer3DModel, keep: Sequence[Keep], compiled: bool, device: torch.device
+    transformer: WanTransformer3DModel,
+    keep: Sequence[Keep],
+    compiled: bool,
+    device: torch.device,
+    inputs: InputPlace = "device",
 ) -> None:
     """Give each block its forward; `keep` says for each what stays for the backward pass.
+
+    `inputs`: where those of blocks wait for it that do not keep everything.
 
     Blocks of one kind share one compiled graph for each shape. Called again, it replaces what it
     did before.
     """
     sampling = compiler.compiled(block_forward) if compiled else block_forward
     training = {kind: _training_forward(kind, compiled, device) for kind in set(keep)}
+    for kind in training.keys() & WITH_INPUTS if inputs == "host" else ():
+        training[kind] = inputs_in_host(training[kind], device)
     for block, kind in zip(blocks_of(transformer), keep, strict=True):
         block.forward = cast("BlockForward", partial(_forward, block, training[kind], sampling))
 

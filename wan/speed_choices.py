@@ -16,6 +16,11 @@ Keep = Literal[
 ]
 KEEPS: tuple[Keep, ...] = get_args(Keep)
 
+# Where the inputs of blocks wait for the backward pass, and for which kinds that can be chosen.
+InputPlace = Literal["device", "host"]
+INPUT_PLACES: tuple[InputPlace, ...] = get_args(InputPlace)
+WITH_INPUTS: frozenset[Keep] = frozenset(("nothing", "attention", "products"))
+
 # The kernels of attention; "auto" is PyTorch's choice. All but sage can train.
 Attention = Literal["auto", "cudnn", "flash", "efficient", "flash2", "flash3", "sage"]
 ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
