@@ -202,7 +202,8 @@ PLACED = ["speed.placement=stream", "model.dtype=bfloat16", "speed.frozen=fp8"]
     ("phase", "remedies"),
     [
         ("training", ["speed.inputs=host", "speed.keep=attention", "speed.keep=nothing",
-                      "speed.keep=host", "accumulate=2", *PLACED, "data.frames=25", "data.width=624"]),
+                      "speed.keep=host", "accumulate=2", *PLACED, "data.frames=25",
+                      "data.width=624"]),
         ("measuring", ["accumulate=2", *PLACED, "data.frames=25", "data.width=624"]),
         ("loading", PLACED),
         ("encoding", ["data.vae_dtype=bfloat16", "data.frames=25", "data.width=624"]),
