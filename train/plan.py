@@ -60,8 +60,8 @@ class Work:
     bucket: Bucket
     keep: tuple[Keep, ...]
     peak: float  # bytes on the device
-    waiting: int  # bytes in host memory
     seconds: float  # a forward and backward pass of one batch
+    waiting: int = 0  # bytes of blocks' inputs in host memory
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ def training(setting: Setting, buckets: Sequence[Bucket]) -> list[Work]:
             bucket=bucket,
             keep=keep,
             peak=resting + activation_bytes(load, keep),
-            waiting=waiting_bytes(load, keep),
             seconds=cards.step_seconds(load, keep, setting.card, streamed),
+            waiting=waiting_bytes(load, keep),
         )
         for bucket, load in loads.items()
     ]
