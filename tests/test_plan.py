@@ -1,6 +1,7 @@
 """The plan of a run: from headers alone, right where it can be counted, and honest where not."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,17 @@ def test_a_remedy_saves_what_it_says(folder: Path) -> None:
     )
     assert saved["speed.placement=swap"] == pytest.approx(now - then)
     assert saved["speed.keep=host"] > saved["speed.keep=nothing"] > 0
+
+
+@pytest.mark.parametrize(
+    ("keep", "change"),
+    [("attention", "speed.inputs=host"), ("auto", "speed.keep=attention speed.inputs=host")],
+)
+def test_room_that_auto_would_fill_again_is_no_remedy(folder: Path, keep: str, change: str) -> None:
+    inputs = checked(folder, f"speed.keep={keep}")
+    need = need_of(inputs, plan.setting_of(inputs, H200), Moment("training"))
+    need = replace(need, keep=("attention", *need.keep[1:]))  # as on a card that is short of room
+    assert [told for told, _ in changes(need) if "speed.inputs" in told] == [change]
 
 
 def test_the_first_screen_is_about_the_disk_where_no_card_is_known(folder: Path) -> None:

@@ -154,7 +154,7 @@ def smaller_card(gib: float | None, device: torch.device) -> Iterator[None]:
     """Within the block the rest of the card's memory is taken."""
     taken = None
     if gib is not None and device.type == "cuda":
-        rest = torch.cuda.mem_get_info(device)[1] - round(gib * GIB)
+        rest = max(0, torch.cuda.mem_get_info(device)[1] - round(gib * GIB))
         taken = torch.empty(rest, dtype=torch.uint8, device=device)
     yield
     del taken

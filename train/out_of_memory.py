@@ -105,7 +105,10 @@ def changes(need: Need) -> Iterator[tuple[str, Need]]:
     if speed.placement == "resident" and len(need.setting.experts) > 1:
         yield "speed.placement=swap", _with(need, placement="swap")
     if speed.inputs == "device":
-        yield "speed.inputs=host", _with(need, inputs="host")
+        # Left to itself, keep=auto fills the room that this makes.
+        alike = replace(need, keep=need.keep[:1] * len(need.keep)) if speed.keep == "auto" else need
+        kept = f"speed.keep={need.keep[0]} " if speed.keep == "auto" else ""
+        yield f"{kept}speed.inputs=host", _with(alike, inputs="host")
     for kind in reversed(KEEPS[: KEEPS.index(need.keep[-1])]):
         yield f"speed.keep={kind}", replace(need, keep=(kind,) * len(need.keep))
     if config.batch_size > 1:

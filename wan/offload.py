@@ -26,7 +26,7 @@ def checkpoint_in_host(forward: BlockForward, device: torch.device) -> BlockForw
     pass. Without gradients it is `forward`. To be shared by all blocks, whose inputs come back in
     reverse order.
     """
-    shelf = _shelf(device)
+    shelf = _shelf_of(device)
 
     def run(block: nn.Module, hidden: Tensor, *rest: object) -> Tensor:
         if not torch.is_grad_enabled():
@@ -47,7 +47,7 @@ def inputs_in_host(forward: BlockForward, device: torch.device) -> BlockForward:
     What else it keeps stays on the device. As with `checkpoint_in_host`, blocks run in turn, and
     there is no second backward pass.
     """
-    shelf = _shelf(device)
+    shelf = _shelf_of(device)
 
     def run(block: nn.Module, hidden: Tensor, *rest: object) -> Tensor:
         if not torch.is_grad_enabled():
@@ -148,6 +148,6 @@ class _Shelf:
 
 
 @cache
-def _shelf(device: torch.device) -> _Shelf:
+def _shelf_of(device: torch.device) -> _Shelf:
     """One for all transformers on a device, which are not at work at once: its memory is locked."""
     return _Shelf(device)
